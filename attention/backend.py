@@ -1,0 +1,64 @@
+"""The attention backend protocol: what MLA asks of an implementation, and the torch one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.attention.metadata import AttentionMetadata, ExtendSequence
+from moesaic.kernels.mla_decode import mla_decode
+from moesaic.kernels.mla_prefill import mla_prefill
+
+
+class AttentionBackend(Protocol):
+    """Attention over the KV pool; the rows of this step have been written before."""
+
+    def decode(
+        self, query: Tensor, pool: LatentKVPool, layer: int, metadata: AttentionMetadata, *, value_dim: int, scale: float
+    ) -> Tensor:
+        """Absorbed query [num_decode, heads, latent_dim] -> latent output [num_decode, heads, value_dim]."""
+        ...
+
+    def latent_context(self, pool: LatentKVPool, layer: int, sequence: ExtendSequence) -> Tensor:
+        """Latent rows [prefix_len + length, latent_dim] of one extend sequence."""
+        ...
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Causal attention of the last positions: [heads, T, D], [heads, L, D], [heads, L, V] -> [heads, T, V]."""
+        ...
+
+
+class TorchBackend:
+    """Gathers pages and leaves the arithmetic to torch; runs on any device."""
+
+    def decode(
+        self, query: Tensor, pool: LatentKVPool, layer: int, metadata: AttentionMetadata, *, value_dim: int, scale: float
+    ) -> Tensor:
+        buckets = metadata.buckets
+        if len(buckets) == 1 and buckets[0].rows is None:
+            latent = pool.gather(layer, buckets[0].page_table)
+            return mla_decode(query, latent, buckets[0].bias, value_dim=value_dim, scale=scale)
+        out = query.new_empty(*query.shape[:2], value_dim)
+        for bucket in buckets:
+            assert bucket.rows is not None, "several buckets name their rows"
+            latent = pool.gather(layer, bucket.page_table)
+            out[bucket.rows] = mla_decode(query[bucket.rows], latent, bucket.bias, value_dim=value_dim, scale=scale)
+        return out
+
+    def latent_context(self, pool: LatentKVPool, layer: int, sequence: ExtendSequence) -> Tensor:
+        length = sequence.prefix_len + sequence.length
+        return pool.gather(layer, sequence.pages.unsqueeze(0))[0, :length]
+
+    def extend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        return mla_prefill(query, key, value, scale=scale)
+
+
+def make_backend(name: str) -> AttentionBackend:
+    """Backend by flag value. Raises ValueError for a name that isn't built."""
+    if name == "torch":
+        return TorchBackend()
+    raise ValueError(f"attention backend {name!r} is not built; choose 'torch'")
+
+

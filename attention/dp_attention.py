@@ -1,0 +1,60 @@
+"""Moving tokens between the attention layout and the expert layout.
+
+Inside a DP group every attention-TP rank holds the same tokens. Before an all-to-all each of them takes its share (scatter), so
+that no token is dispatched twice; afterwards the shares are gathered again. Rank i's share is the i-th run of ceil(T / size) tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def share_bounds(num_tokens: int, rank: int, size: int) -> tuple[int, int]:
+    """[start, stop) of a rank's share of num_tokens."""
+    share = -(-num_tokens // size)
+    return min(rank * share, num_tokens), min((rank + 1) * share, num_tokens)
+
+
+class AttentionTPGroup:
+    """The ranks that split the heads of one DP group. Size 1 needs no process group and moves nothing."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        if size > 1 and group is None:
+            raise ValueError(f"an attention-TP group of {size} ranks needs a process group")
+        self.rank = rank
+        self.size = size
+        self.group = group
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """Sum [T, H] over the group, in place where it must communicate."""
+        if self.size > 1 and partial.numel():
+            dist.all_reduce(partial, group=self.group)
+        return partial
+
+    def scatter(self, hidden: Tensor) -> Tensor:
+        """hidden [T, H], equal on all ranks -> this rank's share."""
+        if self.size == 1:
+            return hidden
+        start, stop = share_bounds(hidden.shape[0], self.rank, self.size)
+        return hidden[start:stop]
+
+    def gather(self, share: Tensor, num_tokens: int) -> Tensor:
+        """Shares of all ranks -> [num_tokens, H] on every rank."""
+        if self.size == 1 or num_tokens == 0:
+            return share
+        width = -(-num_tokens // self.size)
+        padded = share.new_zeros(width, share.shape[1])
+        padded[: share.shape[0]] = share
+        gathered = share.new_empty(self.size * width, share.shape[1])
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        return gathered[:num_tokens]
+
+    def gather_columns(self, part: Tensor) -> Tensor:
+        """part [T, C] of each rank -> [T, size * C] on every rank (a vocabulary split over the group)."""
+        if self.size == 1 or part.shape[0] == 0:
+            return part if self.size == 1 else part.new_empty(0, part.shape[1] * self.size)
+        gathered = part.new_empty(self.size, *part.shape)
+        dist.all_gather_into_tensor(gathered, part.contiguous(), group=self.group)
+        return torch.cat(gathered.unbind(0), dim=1)

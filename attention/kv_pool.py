@@ -1,0 +1,45 @@
+"""The paged latent KV pool: one row of kv_lora_rank + rope elements per token and layer.
+
+A token's slot is page * page_size + offset. MLA's latent is shared by all heads, so every attention-TP rank of a DP group holds
+the same rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LatentKVPool:
+    """KV memory of one rank for all layers, [num_layers, num_pages * page_size, latent_dim]."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        latent_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._rows = torch.zeros(num_layers, num_pages * page_size, latent_dim, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_token(num_layers: int, latent_dim: int, dtype: torch.dtype) -> int:
+        return num_layers * latent_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, latent: Tensor) -> None:
+        """latent [T, latent_dim] into slots int64 [T] of a layer. Slots of one call are distinct."""
+        self._rows[layer].index_copy_(0, slots, latent.to(self._rows.dtype))
+
+    def pages(self, layer: int) -> Tensor:
+        """View [num_pages, page_size * latent_dim] of a layer; a page is one contiguous run of bytes."""
+        return self._rows[layer].view(self.num_pages, -1)
+
+    def gather(self, layer: int, page_table: Tensor) -> Tensor:
+        """Rows of the listed pages: page_table int64 [B, P] -> [B, P * page_size, latent_dim]."""
+        pages = self.pages(layer).index_select(0, page_table.flatten())
+        return pages.view(page_table.shape[0], -1, self._rows.shape[-1])

@@ -1,0 +1,71 @@
+"""Rotary position embedding on interleaved pairs, with YaRN's frequencies (Su et al., 2021; Peng et al., 2023).
+
+DeepSeek's checkpoints pair neighbouring dimensions (x0, x1), (x2, x3), ... We rotate each pair as one complex number and leave it
+where it is; the order of dimensions doesn't matter to the dot product as long as queries and keys agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """`factor` None means plain rope; else YaRN's constants as in config.json."""
+
+    dim: int
+    theta: float
+    factor: float | None = None
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature 0.1 * mscale * ln(factor) + 1 (1 where the context isn't stretched)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_frequencies(config: RopeConfig) -> Tensor:
+    """Angular frequency of each pair, fp32 [dim / 2]."""
+    exponents = torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim
+    plain = 1.0 / (config.theta**exponents)
+    if config.factor is None:
+        return plain
+
+    def boundary(num_rotations: float) -> float:
+        ratio = config.original_max_position / (num_rotations * 2 * math.pi)
+        return config.dim * math.log(ratio) / (2 * math.log(config.theta))
+
+    low = max(math.floor(boundary(config.beta_fast)), 0)
+    high = min(math.ceil(boundary(config.beta_slow)), config.dim - 1)
+    ramp = (torch.arange(config.dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    stretched = ramp.clamp(0, 1)
+    return plain / config.factor * stretched + plain * (1 - stretched)
+
+
+def rope_table(config: RopeConfig, num_positions: int) -> Tensor:
+    """complex64 [num_positions, dim / 2]: the rotation of each pair at each position, YaRN's magnitude included."""
+    magnitude = 1.0
+    if config.factor is not None:
+        if config.attention_factor is not None:
+            magnitude = config.attention_factor
+        elif config.mscale and config.mscale_all_dim:
+            magnitude = yarn_mscale(config.factor, config.mscale) / yarn_mscale(config.factor, config.mscale_all_dim)
+        else:
+            magnitude = yarn_mscale(config.factor, 1.0)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), rope_frequencies(config))
+    return torch.polar(torch.full_like(angles, magnitude), angles)
+
+
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [T, heads, dim] rotated by rotation complex64 [T, dim / 2]; returns x's dtype. The multiplication is fp32."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

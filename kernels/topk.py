@@ -1,0 +1,35 @@
+"""Expert choice of DeepSeek-V3: sigmoid scores, correction bias, group-limited top-k (DeepSeek-V3 report, section 2.1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_topk(
+    logits: Tensor,
+    correction_bias: Tensor,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    normalize: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Router logits fp32 [T, E] -> (topk_ids int64 [T, K], topk_weights fp32 [T, K]).
+
+    The bias decides which experts are chosen, never their weights. A group (of experts) scores the sum of its two best; only the
+    experts of the `topk_groups` best groups compete.
+    """
+    scores = logits.sigmoid()
+    choice = scores + correction_bias
+    if topk_groups < num_groups:
+        grouped = choice.view(-1, num_groups, choice.shape[-1] // num_groups)
+        best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_groups, dim=-1).indices
+        allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best_groups, True)
+        choice = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).view_as(choice)
+    topk_ids = choice.topk(topk, dim=-1).indices
+    weights = scores.gather(1, topk_ids)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids, weights * scaling_factor

@@ -1,0 +1,166 @@
+"""The messages that travel between the HTTP process and the ranks (msgspec structs over ZMQ, msgpack).
+
+Knows nothing of sockets, batches or models. One request has one `rid`, an integer unique in the server's life; `n > 1` and
+batches are expanded by the HTTP side into one message each. Token ids are ints in [0, vocab_size). Times are seconds.
+
+Direction: `ToRank` goes from the HTTP process to every rank of the request's DP group; `FromRank` comes back from the rank with
+attention-TP rank 0 of each DP group (heartbeats and errors come from every rank).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, tag=False, omit_defaults=True):
+    """How to choose the next token. All values were validated by the HTTP side.
+
+    temperature 0 means greedy. top_k -1 means all. `max_new_tokens` is never None here. `stop_token_ids` includes the model's
+    end-of-sequence ids unless `ignore_eos`. `seed` is always set (drawn by the HTTP side when the user gave none).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate", omit_defaults=True):
+    """One sequence to generate. `logprob_start_len` -1: no prompt logprobs; else from that prompt position on."""
+
+    rid: int
+    input_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+    logprob_start_len: int = -1
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """End a request wherever it is. `finish` = True: its output is complete (a stop string matched); no answer is sent."""
+
+    rid: int
+    finish: bool = False
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
+    """A server-wide command, sent to every rank; each DP leader answers with `ControlReply` of the same `control_id`."""
+
+    control_id: int
+    command: Literal["flush_cache", "start_record", "stop_record", "dump_record", "shutdown"]
+
+
+class Wake(msgspec.Struct, frozen=True, kw_only=True, tag="wake"):
+    """Work has arrived at another DP rank: join the lockstep."""
+
+
+ToRank = GenerateRequest | AbortRequest | Control | Wake
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Log probabilities at one position: of the token itself (None for the very first prompt token), and of the top ones."""
+
+    token_id: int
+    logprob: float | None
+    top: list[tuple[int, float]] = []
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step adds to one request.
+
+    `finish_reason`: None while running; "stop" (`matched` holds the token id, which is not part of the text), "length", "abort".
+    `prompt_logprobs` comes once, with the first output. `cached_tokens` is the prompt's prefix-cache hit in tokens.
+    """
+
+    rid: int
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+    matched: int | None = None
+    message: str | None = None
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of one DP rank's scheduler after a step."""
+
+    dp_rank: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_used_tokens: int
+    max_total_num_tokens: int
+    num_waiting_tokens: int
+    gen_throughput: float
+    cache_hit_rate: float
+    num_retracted_reqs: int
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
+    """All outputs of one step of one DP rank, with its load."""
+
+    dp_rank: int
+    outputs: list[RequestOutput]
+    load: LoadReport
+
+
+class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag="control_reply"):
+    """Answer of one DP leader to a `Control`. `payload` is msgpack-able data (for dump_record: the file's path)."""
+
+    control_id: int
+    dp_rank: int
+    ok: bool
+    message: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Start-up progress of one rank: `phase` such as "load weights", done out of total units."""
+
+    rank: int
+    phase: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """A rank has finished starting. `phase_seconds` lists (phase, seconds); sizes in bytes and tokens."""
+
+    rank: int
+    max_total_num_tokens: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    phase_seconds: list[tuple[str, float]]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Sent by a thread of every rank once a second. `operation` is what the rank is in now, for `seconds`."""
+
+    rank: int
+    step: int
+    operation: str
+    seconds: float
+
+
+class RankError(msgspec.Struct, frozen=True, kw_only=True, tag="rank_error"):
+    """A rank is about to exit: what failed, in one line that names rank and operation, and the traceback."""
+
+    rank: int
+    message: str
+    traceback: str
+
+
+FromRank = StepOutputs | ControlReply | Progress | Ready | Heartbeat | RankError
+
+to_rank_decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+from_rank_decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+encoder = msgspec.msgpack.Encoder()

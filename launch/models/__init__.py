@@ -1,0 +1,1 @@
+"""Models: configuration and weights of a checkpoint, put together from the libraries."""

@@ -1,0 +1,235 @@
+"""Puts a DeepSeek-V3 together for one rank: pulls its weights by checkpoint name and hands them to the libraries' layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.attention.backend import AttentionBackend
+from moesaic.attention.config import MLAConfig
+from moesaic.attention.dp_attention import AttentionTPGroup
+from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
+from moesaic.kernels.rope import rope_table
+from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.models.deepseek_v3 import (
+    DeepseekV3,
+    DenseDecoderLayer,
+    Head,
+    LayerParts,
+    SparseDecoderLayer,
+)
+from moesaic.launch.models.parallel import ParallelContext
+from moesaic.launch.models.weights import Shard, WeightSource
+from moesaic.moe.all_gather import AllGatherDispatcher
+from moesaic.moe.all_to_all import AllToAllDispatcher
+from moesaic.moe.config import ExpertPlacement, GateConfig
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.experts import ExpertWeights, make_expert_runner
+from moesaic.moe.gate import Gate
+from moesaic.moe.layer import DenseMLP, SparseLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block."""
+
+    dtype: torch.dtype = torch.float32
+    max_positions: int = 4096
+    expert_runner: str = "torch"
+    fp8_activations: bool = False
+    alignment: int = 1
+
+
+class DeepseekV3Builder:
+    """Builds one rank's model. Tensors are asked for by the names of the released checkpoints."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        parallel: ParallelContext,
+        backend: AttentionBackend,
+        options: BuildOptions,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._parallel = parallel
+        self._backend = backend
+        self._options = options
+        self._group = AttentionTPGroup(parallel.attn_tp_rank, parallel.attn_tp_size, parallel.attn_tp_group)
+        self._rope_table = rope_table(config.rope, options.max_positions)
+
+    def build(self) -> DeepseekV3:
+        """Raises CheckpointError for a tensor that is missing or doesn't fit."""
+        config = self._config
+        embedding = self._tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        return DeepseekV3(
+            embedding=embedding,
+            layers=[self._layer(index) for index in range(config.num_hidden_layers)],
+            final_norm=self._tensor("model.norm.weight", config.hidden_size),
+            eps=config.rms_norm_eps,
+            head=self._head(),
+            parallel=self._parallel,
+            group=self._group,
+        )
+
+    def _tensor(
+        self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return self._source.tensor(name, shape, dtype or self._options.dtype, shard)
+
+    def _layer(self, index: int) -> DenseDecoderLayer | SparseDecoderLayer:
+        config = self._config
+        prefix = f"model.layers.{index}"
+        parts = LayerParts(
+            index=index,
+            input_norm=self._tensor(f"{prefix}.input_layernorm.weight", config.hidden_size),
+            post_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            eps=config.rms_norm_eps,
+            attention=self._attention(index),
+            backend=self._backend,
+            group=self._group,
+        )
+        if index < config.first_k_dense_replace:
+            split = self._parallel.dense_tp and self._parallel.attn_tp_size > 1
+            mlp = self._mlp(f"{prefix}.mlp", config.intermediate_size, split=split)
+            return DenseDecoderLayer(parts, mlp, split=split)
+        return SparseDecoderLayer(
+            parts,
+            self._moe(f"{prefix}.mlp"),
+            scatter=self._parallel.scatters_tokens,
+            sparse_index=index - config.first_k_dense_replace,
+        )
+
+    def _attention(self, index: int) -> MultiHeadLatentAttention:
+        config, parallel = self._config, self._parallel
+        prefix = f"model.layers.{index}.self_attn"
+        heads = Shard(0, parallel.attn_tp_rank, parallel.attn_tp_size)
+        hidden, latent = config.hidden_size, config.kv_lora_rank
+        query_rows = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        value_rows = config.num_attention_heads * config.v_head_dim
+        if config.q_lora_rank is None:
+            query_down = self._tensor(f"{prefix}.q_proj.weight", query_rows, hidden, shard=heads)
+            q_norm = q_up = None
+        else:
+            query_down = self._tensor(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden)
+            q_norm = self._tensor(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank)
+            q_up = self._tensor(f"{prefix}.q_b_proj.weight", query_rows, config.q_lora_rank, shard=heads)
+        kv_down = self._tensor(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden)
+        kv_up_rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        kv_up = self._tensor(f"{prefix}.kv_b_proj.weight", kv_up_rows, latent, shard=heads)
+        key, value = kv_up.view(-1, config.qk_nope_head_dim + config.v_head_dim, latent).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        )
+        weights = MLAWeights(
+            down=torch.cat([query_down, kv_down]),
+            q_norm=q_norm,
+            q_up=q_up,
+            kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
+            kv_up_key=key.contiguous(),
+            kv_up_value=value.contiguous(),
+            output=self._tensor(
+                f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)
+            ),
+        )
+        return MultiHeadLatentAttention(self._mla_config(), weights, index, self._rope_table)
+
+    def _mla_config(self) -> MLAConfig:
+        config = self._config
+        return MLAConfig(
+            num_heads=config.num_attention_heads // self._parallel.attn_tp_size,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            kv_lora_rank=config.kv_lora_rank,
+            softmax_scale=config.softmax_scale,
+            rms_norm_eps=config.rms_norm_eps,
+            fp8_activations=self._options.fp8_activations,
+        )
+
+    def _mlp(self, prefix: str, width: int, *, split: bool) -> DenseMLP:
+        """A feed-forward of `width`, or this attention-TP rank's part of it."""
+        hidden = self._config.hidden_size
+        index, count = (self._parallel.attn_tp_rank, self._parallel.attn_tp_size) if split else (0, 1)
+        gate = self._tensor(f"{prefix}.gate_proj.weight", width, hidden, shard=Shard(0, index, count))
+        up = self._tensor(f"{prefix}.up_proj.weight", width, hidden, shard=Shard(0, index, count))
+        down = self._tensor(f"{prefix}.down_proj.weight", hidden, width, shard=Shard(1, index, count))
+        return DenseMLP(
+            gate_up=torch.cat([gate, up]), down=down, fp8_activations=self._options.fp8_activations
+        )
+
+    def _moe(self, prefix: str) -> SparseLayer:
+        config = self._config
+        gate = Gate(
+            GateConfig(
+                num_experts=config.n_routed_experts,
+                topk=config.num_experts_per_tok,
+                num_groups=config.n_group,
+                topk_groups=config.topk_group,
+                normalize=config.norm_topk_prob,
+                scaling_factor=config.routed_scaling_factor,
+            ),
+            self._tensor(f"{prefix}.gate.weight", config.n_routed_experts, config.hidden_size, dtype=torch.float32),
+            self._tensor(f"{prefix}.gate.e_score_correction_bias", config.n_routed_experts, dtype=torch.float32),
+        )
+        shared = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            split = self._parallel.attn_tp_size > 1 and not self._parallel.scatters_tokens
+            shared = self._mlp(f"{prefix}.shared_experts", width, split=split)
+        placement = ExpertPlacement(
+            num_experts=config.n_routed_experts, ep_size=self._parallel.ep_size, ep_rank=self._parallel.ep_rank
+        )
+        return SparseLayer(
+            gate=gate,
+            dispatcher=self._dispatcher(placement),
+            experts=make_expert_runner(
+                self._options.expert_runner,
+                self._experts(prefix, placement),
+                fp8_activations=self._options.fp8_activations,
+            ),
+            shared_expert=shared,
+        )
+
+    def _experts(self, prefix: str, placement: ExpertPlacement) -> ExpertWeights:
+        """This rank's experts, filled one by one so that nothing is held twice."""
+        config, parallel = self._config, self._parallel
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        rows, columns = (Shard(dim, parallel.moe_tp_rank, parallel.moe_tp_size) for dim in (0, 1))
+        part = width // parallel.moe_tp_size
+        gate_up = torch.empty(placement.num_local, 2 * part, hidden, dtype=self._options.dtype)
+        down = torch.empty(placement.num_local, hidden, part, dtype=self._options.dtype)
+        for local in range(placement.num_local):
+            name = f"{prefix}.experts.{placement.first + local}"
+            gate_up[local, :part] = self._tensor(f"{name}.gate_proj.weight", width, hidden, shard=rows)
+            gate_up[local, part:] = self._tensor(f"{name}.up_proj.weight", width, hidden, shard=rows)
+            down[local] = self._tensor(f"{name}.down_proj.weight", hidden, width, shard=columns)
+        return ExpertWeights(gate_up=gate_up, down=down)
+
+    def _dispatcher(self, placement: ExpertPlacement) -> Dispatcher[Any]:
+        parallel, alignment = self._parallel, self._options.alignment
+        if parallel.a2a_backend == "none":
+            return AllGatherDispatcher(
+                placement=placement,
+                dp_rank=parallel.dp_rank,
+                dp_size=parallel.dp_size,
+                dp_group=parallel.dp_group,
+                reduce_group=parallel.world_group,
+                alignment=alignment,
+            )
+        if parallel.a2a_backend == "torch":
+            return AllToAllDispatcher(placement=placement, group=parallel.world_group, alignment=alignment)
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+
+    def _head(self) -> Head:
+        config, parallel = self._config, self._parallel
+        over_world = not parallel.dp_lm_head and parallel.dp_size > 1
+        index, count = (
+            (parallel.rank, parallel.world_size) if over_world else (parallel.attn_tp_rank, parallel.attn_tp_size)
+        )
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        weight = self._tensor(name, config.vocab_size, config.hidden_size, shard=Shard(0, index, count))
+        return Head(weight=weight, over_world=over_world)

@@ -1,0 +1,153 @@
+"""Where weights come from: a checkpoint folder of safetensors, or deterministic dummies.
+
+A model pulls what it needs, by the checkpoint's own names and as the shard it wants; nothing else is read. Files are memory-mapped,
+so a rank's peak is its own weights plus one tensor. FP8 weights (e4m3 with `weight_scale_inv` per 128x128 block) are dequantised on
+the way in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or doesn't fit its config; names file and tensor."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts along `dim`."""
+
+    dim: int
+    index: int
+    count: int
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """[start, stop) along dim. Raises ValueError when size isn't a multiple of count."""
+        if size % self.count:
+            raise ValueError(f"a dimension of {size} can't be split into {self.count} equal parts")
+        part = size // self.count
+        return self.index * part, (self.index + 1) * part
+
+
+class WeightSource(Protocol):
+    """Gives tensors by checkpoint name, in the dtype asked for."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
+        """The tensor (its shard); `shape` is that of the whole tensor. Raises CheckpointError."""
+        ...
+
+
+class DummyWeights:
+    """Random weights without a file (`--load-format dummy`): each tensor depends on its name alone, so all layouts agree."""
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        generator = torch.Generator().manual_seed(seed)
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            whole = torch.ones(shape)
+        elif len(shape) == 1:
+            whole = torch.zeros(shape)
+        else:
+            whole = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return _cut(whole, shard).to(dtype).clone()
+
+
+class CheckpointWeights:
+    """A folder of safetensors, with or without an index. `on_tensor` is called after each tensor read (for progress)."""
+
+    def __init__(self, folder: str | Path, on_tensor: Callable[[], None] = lambda: None) -> None:
+        self._folder = Path(folder)
+        self._on_tensor = on_tensor
+        self._files: dict[str, Any] = {}
+        self._file_of = self._index()
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
+        stored = self._slice(name)
+        found = tuple(stored.get_shape())
+        if found != shape:
+            raise CheckpointError(f"{self._file_of[name]}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+        value = _cut(stored, shard)
+        self._on_tensor()
+        if value.dtype == FP8:
+            return self._dequantized(name, value, shape, dtype, shard)
+        if not value.dtype.is_floating_point:
+            raise CheckpointError(f"{self._file_of[name]}: {name} has dtype {value.dtype}, which is no weight dtype")
+        return value.to(dtype, copy=True)
+
+    def _dequantized(
+        self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None
+    ) -> Tensor:
+        """An FP8 shard in dtype; reads just the scales of the blocks that it touches."""
+        starts, stops = [0, 0], list(shape)
+        if shard is not None:
+            starts[shard.dim], stops[shard.dim] = shard.bounds(shape[shard.dim])
+        scale_name = f"{name}_scale_inv"
+        stored = self._slice(scale_name)
+        wanted = [-(-size // BLOCK) for size in shape]
+        if list(stored.get_shape()) != wanted:
+            raise CheckpointError(
+                f"{self._file_of[scale_name]}: {scale_name} has shape {stored.get_shape()}, "
+                f"128x128 blocks of {list(shape)} ask for {wanted}"
+            )
+        blocks = [slice(start // BLOCK, -(-stop // BLOCK)) for start, stop in zip(starts, stops, strict=True)]
+        scales = stored[blocks[0], blocks[1]].float()
+        return dequantize_blocks(
+            value, scales, dtype, row_offset=starts[0] % BLOCK, column_offset=starts[1] % BLOCK
+        )
+
+    def _slice(self, name: str) -> Any:
+        file_name = self._file_of.get(name)
+        if file_name is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is in none of its {len(set(self._file_of.values()))} files")
+        try:
+            if file_name not in self._files:
+                self._files[file_name] = safe_open(self._folder / file_name, framework="pt")
+            return self._files[file_name].get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._folder / file_name}: can't read {name}: {error}") from error
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        index = self._folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            missing = sorted({name for name in weight_map.values() if not (self._folder / name).is_file()})
+            if missing:
+                raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} file(s) missing)")
+            return weight_map
+        files = sorted(self._folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{self._folder} holds no safetensors; for random weights use --load-format dummy")
+        return {name: file.name for file in files for name in self._names(file)}
+
+    def _names(self, file: Path) -> list[str]:
+        try:
+            self._files[file.name] = safe_open(file, framework="pt")
+            return list(self._files[file.name].keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _cut(value: Any, shard: Shard | None) -> Tensor:
+    """A shard of a tensor or of a safetensors slice (which reads only what is cut)."""
+    if shard is None:
+        whole: Tensor = value[:]
+        return whole
+    size = (value.get_shape() if hasattr(value, "get_shape") else value.shape)[shard.dim]
+    start, stop = shard.bounds(size)
+    part: Tensor = value[start:stop] if shard.dim == 0 else value[:, start:stop]
+    return part

@@ -1,0 +1,109 @@
+"""The dispatcher protocol: tokens to the ranks that hold their experts, and the weighted results back.
+
+Each direction is two calls, so that overlap can put work between them: `*_a` submits, `*_b` waits. What a dispatch delivers is one
+of two layouts, decided by the step's mode (see `resolve_dispatch_mode`): contiguous rows for `normal`, a fixed masked block for
+`low_latency`. A step's mode is the same on every rank of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from moesaic.moe.gate import TopK
+
+
+class DispatchMode(Enum):
+    """normal: many tokens, the CPU waits for counts. low_latency: few tokens, fixed shapes, nothing waits on the CPU."""
+
+    NORMAL = "normal"
+    LOW_LATENCY = "low_latency"
+
+
+ModeFlag = Literal["auto", "normal", "low_latency"]
+
+
+def resolve_dispatch_mode(flag: ModeFlag, *, any_rank_prefills: bool, max_tokens_per_rank: int, cap: int) -> DispatchMode:
+    """The mode of a step, from what every rank knows: the flag and the step headers.
+
+    `auto` is normal when any rank prefills or any rank holds more than `cap` tokens, else low-latency. `max_tokens_per_rank` counts
+    the tokens that a rank dispatches. Raises ValueError when `low_latency` is demanded of a step that exceeds the cap (flags that
+    would allow this are refused at start).
+    """
+    if flag == "normal":
+        return DispatchMode.NORMAL
+    if flag == "low_latency":
+        if max_tokens_per_rank > cap:
+            raise ValueError(
+                f"a rank dispatches {max_tokens_per_rank} tokens in low-latency mode, whose cap is {cap}: lower "
+                "--chunked-prefill-size or --max-running-requests, raise --deepep-max-dispatch-tokens-per-rank, "
+                "or use --deepep-mode auto"
+            )
+        return DispatchMode.LOW_LATENCY
+    if any_rank_prefills or max_tokens_per_rank > cap:
+        return DispatchMode.NORMAL
+    return DispatchMode.LOW_LATENCY
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchPlan:
+    """What all ranks of the group know of a step before it runs. num_tokens_per_rank: tokens that each rank dispatches."""
+
+    mode: DispatchMode
+    num_tokens_per_rank: tuple[int, ...]
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.num_tokens_per_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContiguousRows:
+    """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert."""
+
+    hidden: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRows:
+    """Low-latency layout: hidden [num_local, M, H], of which the first counts[e] rows of expert e are valid (int64, on device)."""
+
+    hidden: Tensor
+    counts: Tensor
+
+
+ExpertRows = ContiguousRows | MaskedRows
+
+HandleT = TypeVar("HandleT")
+
+
+@dataclass(kw_only=True)
+class Received(Generic[HandleT]):
+    """What dispatch_b delivers: the rows for this rank's experts, and the handle that combine needs."""
+
+    rows: ExpertRows
+    handle: HandleT
+
+
+class Dispatcher(Protocol[HandleT]):
+    """One all-to-all backend for one group of expert ranks. Handles are opaque and used once."""
+
+    def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> HandleT:
+        """Begin to send hidden [T, H] (T = this rank's count in the plan) to the ranks of its experts."""
+        ...
+
+    def dispatch_b(self, handle: HandleT) -> Received[HandleT]:
+        """Wait for the tokens of this rank's experts. In normal mode the CPU waits here."""
+        ...
+
+    def combine_a(self, expert_rows: Tensor, handle: HandleT) -> HandleT:
+        """Begin to return the experts' outputs, given in the layout of `Received.rows`."""
+        ...
+
+    def combine_b(self, handle: HandleT) -> Tensor:
+        """Wait, and return the weighted sum over each token's experts, [T, H]."""
+        ...

@@ -1,0 +1,42 @@
+"""The router of a sparse layer: hidden states to logical expert ids and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moesaic.kernels.gemm import linear
+from moesaic.kernels.topk import grouped_topk
+from moesaic.moe.config import GateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """ids int64 [T, K] logical experts; weights fp32 [T, K]."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+class Gate:
+    """weight fp32 [E, H], correction_bias fp32 [E]; logits are computed in fp32 whatever the model's dtype."""
+
+    def __init__(self, config: GateConfig, weight: Tensor, correction_bias: Tensor) -> None:
+        self._config = config
+        self._weight = weight
+        self._correction_bias = correction_bias
+
+    def select(self, hidden: Tensor) -> TopK:
+        """hidden [T, H] -> the chosen experts of each token."""
+        config = self._config
+        ids, weights = grouped_topk(
+            linear(hidden.float(), self._weight),
+            self._correction_bias,
+            num_groups=config.num_groups,
+            topk_groups=config.topk_groups,
+            topk=config.topk,
+            normalize=config.normalize,
+            scaling_factor=config.scaling_factor,
+        )
+        return TopK(ids=ids, weights=weights)

@@ -1,0 +1,37 @@
+"""A sparse layer as stage methods; the model strings them together (and overlap may put other work between them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moesaic.kernels.activation import swiglu
+from moesaic.kernels.gemm import linear
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.experts import ExpertRunner
+from moesaic.moe.gate import Gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMLP:
+    """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Output is the shard's partial sum."""
+
+    gate_up: Tensor
+    down: Tensor
+    fp8_activations: bool = False
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        inner = swiglu(linear(hidden, self.gate_up, fp8_activations=self.fp8_activations))
+        return linear(inner, self.down, fp8_activations=self.fp8_activations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseLayer:
+    """Gate, dispatcher, experts and the shared expert (None when a model has none) of one layer."""
+
+    gate: Gate
+    dispatcher: Dispatcher[Any]
+    experts: ExpertRunner
+    shared_expert: DenseMLP | None

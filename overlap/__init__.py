@@ -1,0 +1,1 @@
+"""Operation lists with yield points and their executors. Generic: runs callables, knows no model."""
