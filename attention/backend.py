@@ -16,7 +16,14 @@ class AttentionBackend(Protocol):
     """Attention over the KV pool; the rows of this step have been written before."""
 
     def decode(
-        self, query: Tensor, pool: LatentKVPool, layer: int, metadata: AttentionMetadata, *, value_dim: int, scale: float
+        self,
+        query: Tensor,
+        pool: LatentKVPool,
+        layer: int,
+        metadata: AttentionMetadata,
+        *,
+        value_dim: int,
+        scale: float,
     ) -> Tensor:
         """Absorbed query [num_decode, heads, latent_dim] -> latent output [num_decode, heads, value_dim]."""
         ...
@@ -34,7 +41,14 @@ class TorchBackend:
     """Gathers pages and leaves the arithmetic to torch; runs on any device."""
 
     def decode(
-        self, query: Tensor, pool: LatentKVPool, layer: int, metadata: AttentionMetadata, *, value_dim: int, scale: float
+        self,
+        query: Tensor,
+        pool: LatentKVPool,
+        layer: int,
+        metadata: AttentionMetadata,
+        *,
+        value_dim: int,
+        scale: float,
     ) -> Tensor:
         buckets = metadata.buckets
         if len(buckets) == 1 and buckets[0].rows is None:
@@ -60,5 +74,3 @@ def make_backend(name: str) -> AttentionBackend:
     if name == "torch":
         return TorchBackend()
     raise ValueError(f"attention backend {name!r} is not built; choose 'torch'")
-
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Sizes of one attention layer on one attention-TP rank. `num_heads` are the rank's own heads; `softmax_scale` includes YaRN's."""
+    """Sizes of one attention layer on one attention-TP rank. `num_heads`: the rank's own; `softmax_scale` includes YaRN's."""
 
     num_heads: int
     qk_nope_head_dim: int

@@ -1,7 +1,8 @@
 """Moving tokens between the attention layout and the expert layout.
 
-Inside a DP group every attention-TP rank holds the same tokens. Before an all-to-all each of them takes its share (scatter), so
-that no token is dispatched twice; afterwards the shares are gathered again. Rank i's share is the i-th run of ceil(T / size) tokens.
+Inside a DP group every attention-TP rank holds the same tokens. Before an all-to-all each takes its share (scatter), so
+that no token is dispatched twice; afterwards the shares are gathered again. Rank i's share is
+the i-th run of ceil(T / size) tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,16 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.13 renamed all_gather_into_tensor; earlier releases know only the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather_rows(rows: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
+    """Equal [T, ...] of each of `size` ranks -> [size * T, ...] in rank order."""
+    gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
+    _all_gather(gathered, rows.contiguous(), group=group)
+    return gathered
 
 
 def share_bounds(num_tokens: int, rank: int, size: int) -> tuple[int, int]:
@@ -47,14 +58,10 @@ class AttentionTPGroup:
         width = -(-num_tokens // self.size)
         padded = share.new_zeros(width, share.shape[1])
         padded[: share.shape[0]] = share
-        gathered = share.new_empty(self.size * width, share.shape[1])
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
-        return gathered[:num_tokens]
+        return all_gather_rows(padded, self.group, self.size)[:num_tokens]
 
     def gather_columns(self, part: Tensor) -> Tensor:
         """part [T, C] of each rank -> [T, size * C] on every rank (a vocabulary split over the group)."""
         if self.size == 1 or part.shape[0] == 0:
             return part if self.size == 1 else part.new_empty(0, part.shape[1] * self.size)
-        gathered = part.new_empty(self.size, *part.shape)
-        dist.all_gather_into_tensor(gathered, part.contiguous(), group=self.group)
-        return torch.cat(gathered.unbind(0), dim=1)
+        return torch.cat(all_gather_rows(part, self.group, self.size).chunk(self.size), dim=1)

@@ -6,6 +6,7 @@ Rows of a step: first `num_decode` decode rows (one token per sequence), then th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -68,9 +69,7 @@ def _bucket_bounds(sorted_lens: Int64Array) -> list[int]:
     return bounds
 
 
-def decode_buckets(
-    page_table: Int32Array, seq_lens: Int64Array, page_size: int, device: torch.device
-) -> tuple[DecodeBucket, ...]:
+def decode_buckets(page_table: Int32Array, seq_lens: Int64Array, page_size: int, device: torch.device) -> tuple[DecodeBucket, ...]:
     """page_table [B, P] and seq_lens [B] (with the token of this step) -> buckets that cover all B rows once."""
     if len(seq_lens) == 0:
         return ()
@@ -81,7 +80,7 @@ def decode_buckets(
     bounds = _bucket_bounds(seq_lens[order])
     return tuple(
         _bucket(rows, page_table[rows], seq_lens[rows], page_size, device)
-        for rows in (order[first:last] for first, last in zip(bounds, bounds[1:], strict=False))
+        for rows in (order[first:last] for first, last in pairwise(bounds))
     )
 
 

@@ -61,22 +61,20 @@ class MultiHeadLatentAttention:
         config, weights = self._config, self._weights
         projected = linear(hidden, weights.down, fp8_activations=config.fp8_activations)
         query_width = projected.shape[1] - config.latent_dim
-        query, latent, key_rope = projected.split([query_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
+        query, latent, key_rope = torch.split(projected, [query_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
         if weights.q_up is not None:
             assert weights.q_norm is not None, "a query latent comes with its norm"
             query = rms_norm(query, weights.q_norm, config.rms_norm_eps)
             query = linear(query, weights.q_up, fp8_activations=config.fp8_activations)
         heads = query.view(-1, config.num_heads, config.qk_head_dim)
-        nope, rope = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
+        nope, rope = torch.split(heads, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
         rotation = self._rope_table.index_select(0, metadata.positions)
         key = apply_rope(key_rope.unsqueeze(1), rotation).squeeze(1)
         latent = rms_norm(latent, weights.kv_norm, config.rms_norm_eps)
         pool.write(self._layer, metadata.slots, torch.cat([latent, key], dim=1))
         return Queries(nope=nope, rope=apply_rope(rope, rotation))
 
-    def core(
-        self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend
-    ) -> Tensor:
+    def core(self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         """Attention output of this rank's heads, [T, N * v]."""
         parts = []
         if metadata.num_decode:
@@ -92,9 +90,7 @@ class MultiHeadLatentAttention:
         """[T, N * v] -> this rank's partial sum of the output projection, [T, H]."""
         return linear(attended, self._weights.output, fp8_activations=self._config.fp8_activations)
 
-    def _decode(
-        self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend
-    ) -> Tensor:
+    def _decode(self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         rows = metadata.num_decode
         absorbed = torch.bmm(queries.nope[:rows].transpose(0, 1), self._weights.kv_up_key).transpose(0, 1)
         query = torch.cat([absorbed, queries.rope[:rows]], dim=2)
@@ -104,13 +100,11 @@ class MultiHeadLatentAttention:
         value = torch.bmm(latent.transpose(0, 1), self._weights.kv_up_value.transpose(1, 2))
         return value.transpose(0, 1).reshape(rows, -1)
 
-    def _extend(
-        self, queries: Queries, sequence: ExtendSequence, pool: LatentKVPool, backend: AttentionBackend
-    ) -> Tensor:
+    def _extend(self, queries: Queries, sequence: ExtendSequence, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         config, weights = self._config, self._weights
         rows = slice(sequence.start, sequence.start + sequence.length)
         context = backend.latent_context(pool, self._layer, sequence).to(queries.nope.dtype)
-        latent, key_rope = context.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
+        latent, key_rope = torch.split(context, [config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
         key = torch.cat(
             [
                 torch.matmul(latent, weights.kv_up_key.transpose(1, 2)),

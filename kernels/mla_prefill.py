@@ -23,7 +23,11 @@ def mla_prefill(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> T
         mask = torch.ones(stop - start, visible, dtype=torch.bool, device=query.device).tril(prefix + start)
         blocks.append(
             torch.nn.functional.scaled_dot_product_attention(
-                query[None, :, start:stop], key[None, :, :visible], value[None, :, :visible], attn_mask=mask, scale=scale
+                query[None, :, start:stop],
+                key[None, :, :visible],
+                value[None, :, :visible],
+                attn_mask=mask,
+                scale=scale,
             )[0]
         )
     return torch.cat(blocks, dim=1) if len(blocks) != 1 else blocks[0]

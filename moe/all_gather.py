@@ -18,6 +18,9 @@ from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, arrange, weighted
 from moesaic.moe.token_bytes import pack_tokens, pad_rows, unpack_tokens
 
+# torch 2.13 renamed all_gather_into_tensor; earlier releases know only the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(kw_only=True)
 class GatherHandle:
@@ -60,7 +63,7 @@ class AllGatherDispatcher:
         if self._dp_size > 1 and plan.max_tokens:
             packed = pad_rows(pack_tokens(hidden, topk.ids, topk.weights), plan.max_tokens)
             handle.gathered = packed.new_empty(self._dp_size * plan.max_tokens, packed.shape[1])
-            handle.work = dist.all_gather_into_tensor(handle.gathered, packed, group=self._dp_group, async_op=True)
+            handle.work = _all_gather(handle.gathered, packed, group=self._dp_group, async_op=True)
         return handle
 
     def dispatch_b(self, handle: GatherHandle) -> Received[GatherHandle]:
@@ -97,4 +100,3 @@ class AllGatherDispatcher:
             return handle.gathered
         start = sum(handle.plan.num_tokens_per_rank[: self._dp_rank])
         return handle.gathered[start : start + handle.hidden.shape[0]]
-

@@ -1,7 +1,7 @@
 """Backend `torch`: expert parallelism over `all_to_all_single` (gloo on CPU, NCCL on GPUs), in both dispatch modes.
 
 A token is sent once to each rank that holds any of its experts. Normal mode exchanges counts, then exactly the rows needed, and
-returns one weighted partial sum per (token, rank). Low-latency mode sends fixed blocks whose size all ranks know from the step header
+returns one weighted partial sum per (token, rank). Low-latency mode sends fixed blocks whose size all ranks know from the header
 (one message each way, no counts), and returns every choice, weighted by the source in top-k order.
 
 R ranks, E_local experts per rank, K choices per token, T tokens of this rank, T_max the largest T of the group.
@@ -151,7 +151,8 @@ class AllToAllDispatcher:
         if self._placement.ep_size == 1:
             out.copy_(send)
             return None
-        return dist.all_to_all_single(out, send, out_splits, send_splits, group=self._group, async_op=True)
+        work: dist.Work = dist.all_to_all_single(out, send, out_splits, send_splits, group=self._group, async_op=True)
+        return work
 
 
 def _wait(handle: AllToAllHandle) -> None:

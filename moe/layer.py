@@ -16,7 +16,7 @@ from moesaic.moe.gate import Gate
 
 @dataclass(frozen=True, kw_only=True)
 class DenseMLP:
-    """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Output is the shard's partial sum."""
+    """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Gives the shard's partial sum."""
 
     gate_up: Tensor
     down: Tensor

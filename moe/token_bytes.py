@@ -14,7 +14,7 @@ def pack_tokens(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 def unpack_tokens(packed: Tensor, dtype: torch.dtype, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of `pack_tokens`: uint8 [M, row bytes] -> hidden [M, H] of dtype, ids int64 [M, K], weights fp32 [M, K]."""
-    hidden, ids, weights = packed.split([packed.shape[1] - 8 * topk, 4 * topk, 4 * topk], dim=1)
+    hidden, ids, weights = torch.split(packed, [packed.shape[1] - 8 * topk, 4 * topk, 4 * topk], dim=1)
     return (
         hidden.contiguous().view(dtype),
         ids.contiguous().view(torch.int32).long(),

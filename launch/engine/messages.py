@@ -80,6 +80,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     `finish_reason`: None while running; "stop" (`matched` holds the token id, which is not part of the text), "length", "abort".
     `prompt_logprobs` comes once, with the first output. `cached_tokens` is the prompt's prefix-cache hit in tokens.
+    `queue_seconds`, with the first output: how long the request waited before it was admitted.
     """
 
     rid: int
@@ -90,6 +91,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    queue_seconds: float | None = None
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

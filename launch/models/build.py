@@ -76,9 +76,7 @@ class DeepseekV3Builder:
             group=self._group,
         )
 
-    def _tensor(
-        self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return self._source.tensor(name, shape, dtype or self._options.dtype, shard)
 
     def _layer(self, index: int) -> DenseDecoderLayer | SparseDecoderLayer:
@@ -121,9 +119,8 @@ class DeepseekV3Builder:
         kv_down = self._tensor(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden)
         kv_up_rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
         kv_up = self._tensor(f"{prefix}.kv_b_proj.weight", kv_up_rows, latent, shard=heads)
-        key, value = kv_up.view(-1, config.qk_nope_head_dim + config.v_head_dim, latent).split(
-            [config.qk_nope_head_dim, config.v_head_dim], dim=1
-        )
+        per_head = kv_up.view(-1, config.qk_nope_head_dim + config.v_head_dim, latent)
+        key, value = torch.split(per_head, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         weights = MLAWeights(
             down=torch.cat([query_down, kv_down]),
             q_norm=q_norm,
@@ -131,9 +128,7 @@ class DeepseekV3Builder:
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
             kv_up_key=key.contiguous(),
             kv_up_value=value.contiguous(),
-            output=self._tensor(
-                f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)
-            ),
+            output=self._tensor(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
         return MultiHeadLatentAttention(self._mla_config(), weights, index, self._rope_table)
 
@@ -157,9 +152,7 @@ class DeepseekV3Builder:
         gate = self._tensor(f"{prefix}.gate_proj.weight", width, hidden, shard=Shard(0, index, count))
         up = self._tensor(f"{prefix}.up_proj.weight", width, hidden, shard=Shard(0, index, count))
         down = self._tensor(f"{prefix}.down_proj.weight", hidden, width, shard=Shard(1, index, count))
-        return DenseMLP(
-            gate_up=torch.cat([gate, up]), down=down, fp8_activations=self._options.fp8_activations
-        )
+        return DenseMLP(gate_up=torch.cat([gate, up]), down=down, fp8_activations=self._options.fp8_activations)
 
     def _moe(self, prefix: str) -> SparseLayer:
         config = self._config
@@ -227,9 +220,7 @@ class DeepseekV3Builder:
     def _head(self) -> Head:
         config, parallel = self._config, self._parallel
         over_world = not parallel.dp_lm_head and parallel.dp_size > 1
-        index, count = (
-            (parallel.rank, parallel.world_size) if over_world else (parallel.attn_tp_rank, parallel.attn_tp_size)
-        )
+        index, count = (parallel.rank, parallel.world_size) if over_world else (parallel.attn_tp_rank, parallel.attn_tp_size)
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         weight = self._tensor(name, config.vocab_size, config.hidden_size, shard=Shard(0, index, count))
         return Head(weight=weight, over_world=over_world)

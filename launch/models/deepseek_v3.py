@@ -1,7 +1,7 @@
 """DeepSeek-V3 on one rank: embedding, decoder layers as operations, final norm, head.
 
-Knows no requests and no scheduling. Between layers every rank of a DP group holds the group's T hidden rows, [T, H]; inside a sparse
-layer with an all-to-all and attention TP each rank holds its share of them.
+Knows no requests and no scheduling. Between layers every rank of a DP group holds the group's T hidden rows, [T, H]; inside a
+sparse layer with an all-to-all and attention TP each rank holds its share of them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.attention.backend import AttentionBackend
-from moesaic.attention.dp_attention import AttentionTPGroup
+from moesaic.attention.dp_attention import AttentionTPGroup, all_gather_rows
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.mla import MultiHeadLatentAttention
 from moesaic.kernels.norm import add_rms_norm, rms_norm
@@ -195,10 +194,8 @@ class DeepseekV3:
             return hidden.new_zeros(0, self._head.weight.shape[0] * parallel.world_size, dtype=torch.float32)
         padded = hidden.new_zeros(most, hidden.shape[1])
         padded[: hidden.shape[0]] = hidden
-        everyone = hidden.new_empty(parallel.dp_size * most, hidden.shape[1])
-        dist.all_gather_into_tensor(everyone, padded, group=parallel.dp_group)
+        everyone = all_gather_rows(padded, parallel.dp_group, parallel.dp_size)
         part = torch.nn.functional.linear(everyone, self._head.weight)
-        parts = part.new_empty(parallel.world_size, *part.shape)
-        dist.all_gather_into_tensor(parts, part, group=parallel.world_group)
+        parts = all_gather_rows(part, parallel.world_group, parallel.world_size).view(parallel.world_size, *part.shape)
         own = parts[:, parallel.dp_rank * most :][:, : hidden.shape[0]]
         return torch.cat(own.unbind(0), dim=1).float()

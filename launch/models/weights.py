@@ -52,6 +52,9 @@ class WeightSource(Protocol):
 class DummyWeights:
     """Random weights without a file (`--load-format dummy`): each tensor depends on its name alone, so all layouts agree."""
 
+    def __init__(self, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
+        self._on_tensor = on_tensor
+
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator = torch.Generator().manual_seed(seed)
@@ -61,13 +64,15 @@ class DummyWeights:
             whole = torch.zeros(shape)
         else:
             whole = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        return _cut(whole, shard).to(dtype).clone()
+        value = _cut(whole, shard).to(dtype).clone()
+        self._on_tensor(value.nbytes)
+        return value
 
 
 class CheckpointWeights:
-    """A folder of safetensors, with or without an index. `on_tensor` is called after each tensor read (for progress)."""
+    """A folder of safetensors, with or without an index. `on_tensor` is called with the bytes of each tensor given out."""
 
-    def __init__(self, folder: str | Path, on_tensor: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: str | Path, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
         self._folder = Path(folder)
         self._on_tensor = on_tensor
         self._files: dict[str, Any] = {}
@@ -79,16 +84,16 @@ class CheckpointWeights:
         if found != shape:
             raise CheckpointError(f"{self._file_of[name]}: {name} has shape {list(found)}, the config asks for {list(shape)}")
         value = _cut(stored, shard)
-        self._on_tensor()
         if value.dtype == FP8:
-            return self._dequantized(name, value, shape, dtype, shard)
-        if not value.dtype.is_floating_point:
+            value = self._dequantized(name, value, shape, dtype, shard)
+        elif value.dtype.is_floating_point:
+            value = value.to(dtype, copy=True)
+        else:
             raise CheckpointError(f"{self._file_of[name]}: {name} has dtype {value.dtype}, which is no weight dtype")
-        return value.to(dtype, copy=True)
+        self._on_tensor(value.nbytes)
+        return value
 
-    def _dequantized(
-        self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None
-    ) -> Tensor:
+    def _dequantized(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None) -> Tensor:
         """An FP8 shard in dtype; reads just the scales of the blocks that it touches."""
         starts, stops = [0, 0], list(shape)
         if shard is not None:
@@ -103,9 +108,7 @@ class CheckpointWeights:
             )
         blocks = [slice(start // BLOCK, -(-stop // BLOCK)) for start, stop in zip(starts, stops, strict=True)]
         scales = stored[blocks[0], blocks[1]].float()
-        return dequantize_blocks(
-            value, scales, dtype, row_offset=starts[0] % BLOCK, column_offset=starts[1] % BLOCK
-        )
+        return dequantize_blocks(value, scales, dtype, row_offset=starts[0] % BLOCK, column_offset=starts[1] % BLOCK)
 
     def _slice(self, name: str) -> Any:
         file_name = self._file_of.get(name)

@@ -1,0 +1,123 @@
+"""The server's configuration: what was asked for (`ServerConfig`) and what it came to (`ResolvedConfig`).
+
+`ServerConfig` has one field per command-line flag, under the flag's name in snake_case; its defaults are the flags'
+defaults, and "auto" or None means "choose for me". `ResolvedConfig` is made from it once, by `launch/resolution.py`:
+nothing in it is "auto", and the engine reads nothing else. The one exception is `dispatch_mode`, whose "auto" is a rule
+that is applied anew in every step.
+
+Knows no parser, no process, no model. Both are frozen and picklable.
+Terms: "per DP rank" means for one data-parallel scheduler; a rank is one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DispatchMode = Literal["auto", "normal", "low_latency"]
+A2ABackend = Literal["none", "torch", "deepep"]
+DeviceName = Literal["cpu", "cuda"]
+DTypeName = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """All flags of `moesaic serve`.
+
+    Requests and prefill tokens count for the whole server, as in SGLang; pool sizes per DP rank.
+    """
+
+    # Model
+    model_path: str
+    tokenizer_path: str | None = None
+    served_model_name: str | None = None
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["auto", "none", "fp8"] = "auto"
+    context_length: int | None = None
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = 30000
+    api_key: str | None = None
+    enable_metrics: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    skip_server_warmup: bool = False
+    max_queued_requests: int | None = None
+    # Parallel layout
+    tp_size: int = 1
+    dp_size: int = 1
+    ep_size: int = 1
+    enable_dp_attention: bool = False
+    enable_dp_lm_head: bool = False
+    moe_dense_tp_size: int | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    dist_timeout: int = 60
+    load_balance_method: Literal["auto", "round_robin", "total_tokens", "total_requests"] = "auto"
+    # Experts
+    moe_a2a_backend: A2ABackend = "none"
+    moe_runner_backend: Literal["auto", "torch"] = "auto"
+    deepep_mode: DispatchMode = "auto"
+    deepep_max_dispatch_tokens_per_rank: int = 128
+    # Memory and scheduling
+    mem_fraction_static: float | None = None
+    max_running_requests: int | None = None
+    max_total_tokens: int | None = None
+    chunked_prefill_size: int | None = None
+    max_prefill_tokens: int = 16384
+    page_size: int | None = None
+    schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
+    disable_radix_cache: bool = False
+    radix_eviction_policy: Literal["lru"] = "lru"
+    disable_overlap_schedule: bool = False
+    disable_cuda_graph: bool = False
+    # Device and process
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention_backend: Literal["auto", "torch"] = "auto"
+    num_threads: int | None = None
+    random_seed: int | None = None
+    watchdog_timeout: int = 300
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """What the ranks run with; made once, the same on every rank (only the device index follows from the rank's place).
+
+    Sizes: `chunked_prefill_tokens_per_dp` prompt tokens at most in one step of one DP rank;
+    `max_running_requests_per_dp` sequences at most decoding on it; `max_total_tokens` KV tokens of one DP rank (None:
+    what `mem_fraction_static` leaves). `quantization`: "none" computes in `dtype` (FP8 checkpoint weights are
+    dequantised at load); "fp8" is W8A8, weights as stored, activations quantised per token and 128 channels.
+    `dispatch_mode`: the rule of which layout a step takes; "auto" = normal if any rank prefills, else low-latency.
+    `dist_timeout` and `watchdog_timeout` are in seconds.
+    """
+
+    model_path: str
+    load_format: Literal["safetensors", "dummy"]
+    device: DeviceName
+    dtype: DTypeName
+    quantization: Literal["none", "fp8"]
+    context_length: int
+    communication_backend: Literal["gloo", "nccl"]
+    attention_backend: Literal["torch"]
+    moe_a2a_backend: Literal["none", "torch"]
+    moe_runner_backend: Literal["torch"]
+    dispatch_mode: DispatchMode
+    max_dispatch_tokens_per_rank: int
+    enable_dp_lm_head: bool
+    mem_fraction_static: float
+    max_running_requests_per_dp: int
+    max_total_tokens: int | None
+    chunked_prefill_tokens_per_dp: int
+    max_prefill_tokens: int
+    page_size: int
+    schedule_policy: Literal["fcfs", "lpm"]
+    enable_prefix_cache: bool
+    num_threads: int
+    random_seed: int
+    dist_timeout: int
+    watchdog_timeout: int
+    load_balance_method: Literal["round_robin", "total_tokens", "total_requests"]
+    max_queued_requests: int
+    log_level: Literal["debug", "info", "warning", "error"]

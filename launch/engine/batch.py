@@ -1,0 +1,74 @@
+"""A plan as tensors: the rows of one forward, decode rows first, then the chunks one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
+from moesaic.launch.engine.plan import Plan
+from moesaic.launch.engine.sequence import Int64Array, SequenceTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """input_ids int64 [T]; logit_rows int64: the sampled rows in the plan's order, then the rows of prompt logprobs."""
+
+    input_ids: Tensor
+    metadata: AttentionMetadata
+    logit_rows: Tensor
+    num_sampled: int
+
+
+def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.device) -> Batch:
+    """Rows, positions and KV slots of a plan. Works on arrays; only chunks are visited one by one."""
+    slots = plan.decode_slots
+    seq_lens = table.num_tokens[slots]
+    decode_positions = seq_lens - 1
+    decode_pages = table.pages[slots, decode_positions // page_size].astype(np.int64)
+    ids = [table.last_token[slots]]
+    positions = [decode_positions]
+    kv_slots = [decode_pages * page_size + decode_positions % page_size]
+    extends, sampled, prompt_rows = [], [np.arange(len(slots))], []
+    start = len(slots)
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        at = np.arange(chunk.start, chunk.start + chunk.length)
+        row = table.page_row(sequence.slot).astype(np.int64)
+        ids.append(sequence.tokens[chunk.start : chunk.start + chunk.length].astype(np.int64))
+        positions.append(at)
+        kv_slots.append(row[at // page_size] * page_size + at % page_size)
+        last_page = -(-(chunk.start + chunk.length) // page_size)
+        extends.append(
+            ExtendSequence(
+                start=start,
+                length=chunk.length,
+                prefix_len=chunk.start,
+                pages=torch.from_numpy(row[:last_page]).to(device),
+            )
+        )
+        if chunk.completes:
+            sampled.append(np.array([start + chunk.length - 1]))
+        wanted = chunk.prompt_rows()
+        prompt_rows.append(np.arange(wanted.start, wanted.stop) - chunk.start + start)
+        start += chunk.length
+    sampled_rows = np.concatenate(sampled)
+    return Batch(
+        input_ids=_tensor(ids, device),
+        metadata=AttentionMetadata(
+            positions=_tensor(positions, device),
+            slots=_tensor(kv_slots, device),
+            num_decode=len(slots),
+            buckets=decode_buckets(table.pages[slots], seq_lens, page_size, device),
+            extends=tuple(extends),
+        ),
+        logit_rows=_tensor([sampled_rows, *prompt_rows], device),
+        num_sampled=len(sampled_rows),
+    )
+
+
+def _tensor(parts: list[Int64Array], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(device)

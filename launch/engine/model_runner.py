@@ -1,0 +1,105 @@
+"""Owns a rank's model and KV pool, and runs one lockstep forward. Imports with torch, numpy and safetensors alone.
+
+Knows no requests: it gets a batch of rows and the step's dispatch plan, and returns logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.attention.backend import make_backend
+from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.models.deepseek_v3 import LoadObserver
+from moesaic.launch.models.forward import ForwardInput
+from moesaic.launch.models.parallel import ParallelContext
+from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy"."""
+
+    model_path: str
+    load_format: str = "safetensors"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    context_length: int = 4096
+    page_size: int = 16
+    attention_backend: str = "torch"
+    expert_runner: str = "torch"
+    fp8_activations: bool = False
+    alignment: int = 1
+
+
+class ModelRunner:
+    """Weights are loaded by the constructor; the pool is made by `allocate_kv` once its size is known."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        model_config: ModelConfig,
+        parallel: ParallelContext,
+        on_tensor: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.parallel = parallel
+        source: WeightSource
+        self.weight_bytes = 0
+
+        def count(num_bytes: int) -> None:
+            self.weight_bytes += num_bytes
+            on_tensor()
+
+        if config.load_format == "dummy":
+            source = DummyWeights(count)
+        else:
+            source = CheckpointWeights(config.model_path, count)
+        options = BuildOptions(
+            dtype=config.dtype,
+            max_positions=config.context_length,
+            expert_runner=config.expert_runner,
+            fp8_activations=config.fp8_activations,
+            alignment=config.alignment,
+        )
+        backend = make_backend(config.attention_backend)
+        self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
+        self._pool: LatentKVPool | None = None
+
+    @staticmethod
+    def count_tensors(config: ModelConfig, parallel: ParallelContext) -> int:
+        """How many tensors a rank reads, for progress bars."""
+        dense = min(config.first_k_dense_replace, config.num_hidden_layers)
+        sparse = config.num_hidden_layers - dense
+        attention = 7 if config.q_lora_rank is None else 9
+        shared = 3 if config.n_shared_experts else 0
+        per_sparse = attention + 2 + shared + 3 * config.n_routed_experts // parallel.ep_size
+        return 3 + dense * (attention + 3) + sparse * per_sparse
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Exactly (kv_lora_rank + rope) elements per layer."""
+        model = self.model_config
+        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.dtype)
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Make the KV pool."""
+        self._pool = LatentKVPool(
+            num_layers=self.model_config.num_hidden_layers,
+            num_pages=num_pages,
+            page_size=self.config.page_size,
+            latent_dim=self.model_config.latent_dim,
+            dtype=self.config.dtype,
+            device=torch.device(self.config.device),
+        )
+
+    def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None) -> Tensor:
+        """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all."""
+        assert self._pool is not None, "allocate_kv comes first"
+        return self._model.forward(inputs, self._pool, observer)

@@ -1,0 +1,26 @@
+"""What one rank process is told when it starts. Pickled by the launcher, read by `rank_process.run_rank`.
+
+Knows no process and no socket. ZMQ: the HTTP process binds both endpoints and the rank connects; PUSH from the HTTP
+process to this rank's own `to_rank_endpoint` (the rank PULLs), PUSH from every rank to the one `from_rank_endpoint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesaic.launch.config import ResolvedConfig
+from moesaic.launch.topology import RankPlace, Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpec:
+    """`dist_init_method` is `tcp://host:port` for torch.distributed, whose store rank 0 hosts; deadline
+    `config.dist_timeout`.
+    """
+
+    config: ResolvedConfig
+    topology: Topology
+    place: RankPlace
+    dist_init_method: str
+    to_rank_endpoint: str
+    from_rank_endpoint: str

@@ -1,0 +1,158 @@
+"""One request on its way through a rank's scheduler, and the table of running ones as arrays.
+
+Knows no queues and no model. A sequence has `num_tokens` tokens (prompt and generated), of which `num_computed` have their KV in
+the pool. Its next forward computes the rest, and its last row gives the next token; so decoding is just the case where one token
+is missing, and a retracted sequence resumes like a new one with a longer prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moesaic.attention.prefix_cache import Node
+from moesaic.launch.engine.messages import GenerateRequest, SamplingParams, TokenLogprobs
+from moesaic.launch.engine.penalties import TokenHistory
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` int32 has room for prompt and `max_new_tokens`. `slot` is its row in the table, -1 while it waits.
+
+    `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
+    """
+
+    request: GenerateRequest
+    tokens: Int32Array
+    num_prompt: int
+    num_tokens: int
+    arrival: int
+    node: Node | None = None
+    num_computed: int = 0
+    cached_tokens: int = -1
+    slot: int = -1
+    stop_ids: frozenset[int] = frozenset()
+    history: TokenHistory | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+    added_at: float = 0.0
+    admitted_at: float = 0.0
+
+    @staticmethod
+    def from_request(request: GenerateRequest, arrival: int) -> Sequence:
+        """A sequence that has not run yet."""
+        num_prompt = len(request.input_ids)
+        tokens = np.empty(num_prompt + max(request.sampling.max_new_tokens, 1), dtype=np.int32)
+        tokens[:num_prompt] = request.input_ids
+        return Sequence(
+            request=request,
+            tokens=tokens,
+            num_prompt=num_prompt,
+            num_tokens=num_prompt,
+            arrival=arrival,
+            stop_ids=frozenset(request.sampling.stop_token_ids),
+            history=_history(request),
+            added_at=time.monotonic(),
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.num_prompt + self.request.sampling.max_new_tokens
+
+    @property
+    def min_tokens(self) -> int:
+        return self.num_prompt + self.request.sampling.min_new_tokens
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """Sorts by who goes first: higher priority, then earlier arrival."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def matchable_tokens(self) -> int:
+        """How much of it a cached prefix may replace: the last token must run, and prompt logprobs need their own rows."""
+        limit = self.num_tokens - 1
+        if self.request.logprob_start_len >= 0 and not self.prompt_logprobs_sent:
+            limit = min(limit, max(self.request.logprob_start_len - 1, 0))
+        return limit
+
+
+class SequenceTable:
+    """Running sequences as arrays over slots, so that a step touches Python objects only where something happens.
+
+    pages int32 [capacity, max_pages]: page rows; num_pages, num_tokens, max_tokens int64 [capacity]; last_token int64 [capacity].
+    """
+
+    def __init__(self, capacity: int, max_pages: int) -> None:
+        self.sequences: list[Sequence | None] = [None] * capacity
+        self.pages: Int32Array = np.zeros((capacity, max_pages), dtype=np.int32)
+        self.num_pages: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.max_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.last_token: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.temperature = np.zeros(capacity, dtype=np.float32)
+        self.top_p = np.ones(capacity, dtype=np.float32)
+        self.min_p = np.zeros(capacity, dtype=np.float32)
+        self.top_k: Int64Array = np.full(capacity, -1, dtype=np.int64)
+        self.seed: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.min_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.needs_history = np.zeros(capacity, dtype=np.bool_)
+        self._free = list(range(capacity - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def add(self, sequence: Sequence, pages: Int32Array) -> None:
+        """Give a sequence a slot and its first pages."""
+        slot = self._free.pop()
+        sampling = sequence.request.sampling
+        sequence.slot = slot
+        self.sequences[slot] = sequence
+        self.pages[slot, : len(pages)] = pages
+        self.num_pages[slot] = len(pages)
+        self.num_tokens[slot] = sequence.num_tokens
+        self.max_tokens[slot] = sequence.max_tokens
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.top_k[slot] = sampling.top_k
+        self.seed[slot] = sampling.seed
+        self.min_tokens[slot] = sequence.min_tokens
+        self.needs_history[slot] = sequence.history is not None
+
+    def remove(self, sequence: Sequence) -> Int32Array:
+        """Take a sequence out; returns its page row (a copy)."""
+        slot = sequence.slot
+        row = self.page_row(slot).copy()
+        self.sequences[slot] = None
+        self.num_pages[slot] = 0
+        self._free.append(slot)
+        sequence.slot = -1
+        return row
+
+    def page_row(self, slot: int) -> Int32Array:
+        """The pages of a slot, a view."""
+        return self.pages[slot, : self.num_pages[slot]]
+
+    def sequence(self, slot: int) -> Sequence:
+        """The sequence in a slot that is in use."""
+        found = self.sequences[slot]
+        assert found is not None, f"slot {slot} is empty"
+        return found
+
+
+def _history(request: GenerateRequest) -> TokenHistory | None:
+    """Token counts for penalties, where the request has any."""
+    sampling = request.sampling
+    neutral = SamplingParams()
+    repeats = sampling.repetition_penalty != neutral.repetition_penalty
+    if not repeats and not sampling.frequency_penalty and not sampling.presence_penalty:
+        return None
+    return TokenHistory(request.input_ids if repeats else ())

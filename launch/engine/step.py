@@ -1,0 +1,121 @@
+"""The step header: what every rank tells all others before each lockstep forward, and what follows from it.
+
+One all-gather of a few integers. From the headers alone every rank derives the same `Step`: how many tokens each rank dispatches,
+in which mode, and whether there is anything to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+import torch.distributed as dist
+
+from moesaic.attention.dp_attention import all_gather_rows, share_bounds
+from moesaic.moe.dispatcher import DispatchPlan, ModeFlag, resolve_dispatch_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepHeader:
+    """One rank's word. Ranks of one DP group say the same, but for `num_messages`, which only the leader's counts.
+
+    num_messages: messages that the DP group's leader has taken in during this step, to be applied at the start of the next one.
+    control: id of the oldest control command not yet carried out (0: none). has_work: the rank holds requests (running or waiting).
+    stop: the rank was told to shut down.
+    """
+
+    num_decode: int = 0
+    num_extend: int = 0
+    num_logits: int = 0
+    num_messages: int = 0
+    control: int = 0
+    has_work: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRules:
+    """What turns headers into a step; equal on all ranks. `a2a`: each attention-TP rank dispatches its own share."""
+
+    dp_size: int
+    attn_tp_size: int
+    a2a: bool
+    mode: ModeFlag
+    cap: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """num_tokens and num_logits per DP rank.
+
+    `control`: the command that all ranks carry out now, 0 while some rank has not received it. `idle`: nobody runs anything;
+    `quiet`: nobody even has anything waiting.
+    """
+
+    num_tokens: tuple[int, ...]
+    num_logits: tuple[int, ...]
+    num_messages: tuple[int, ...]
+    control: int
+    plan: DispatchPlan
+    idle: bool
+    quiet: bool
+    stop: bool
+
+
+def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
+    """All ranks' headers, in rank order -> the step. Pure; raises ValueError as `resolve_dispatch_mode` does."""
+    leaders = headers[:: rules.attn_tp_size]
+    num_tokens = tuple(header.num_decode + header.num_extend for header in leaders)
+    dispatched = num_tokens
+    if rules.a2a:
+        shares = [share_bounds(count, rank, rules.attn_tp_size) for count in num_tokens for rank in range(rules.attn_tp_size)]
+        dispatched = tuple(stop - start for start, stop in shares)
+    mode = resolve_dispatch_mode(
+        rules.mode,
+        any_rank_prefills=any(header.num_extend for header in leaders),
+        max_tokens_per_rank=max(dispatched),
+        cap=rules.cap,
+    )
+    num_messages = tuple(header.num_messages for header in leaders)
+    controls = {header.control for header in headers}
+    has_work = any(header.has_work or header.num_messages for header in leaders)
+    return Step(
+        num_tokens=num_tokens,
+        num_logits=tuple(header.num_logits for header in leaders),
+        num_messages=num_messages,
+        control=min(controls) if len(controls) == 1 else 0,
+        plan=DispatchPlan(mode=mode, num_tokens_per_rank=dispatched),
+        idle=not any(num_tokens),
+        quiet=not has_work and controls == {0},
+        stop=any(header.stop for header in headers),
+    )
+
+
+class HeaderExchange:
+    """All-gathers headers over `group` (always on the CPU); a single rank exchanges nothing."""
+
+    def __init__(self, world_size: int, group: dist.ProcessGroup | None) -> None:
+        self._world_size = world_size
+        self._group = group
+        self._width = len(fields(StepHeader))
+
+    def exchange(self, header: StepHeader) -> list[StepHeader]:
+        """Every rank's header, in rank order. Collective; raises RuntimeError after the group's deadline."""
+        if self._world_size == 1:
+            return [header]
+        own = torch.tensor([int(value) for value in astuple(header)])
+        everyone = all_gather_rows(own, self._group, self._world_size)
+        return [_header(row) for row in everyone.view(self._world_size, self._width).tolist()]
+
+
+def _header(row: list[int]) -> StepHeader:
+    *counts, has_work, stop = row
+    return StepHeader(
+        num_decode=counts[0],
+        num_extend=counts[1],
+        num_logits=counts[2],
+        num_messages=counts[3],
+        control=counts[4],
+        has_work=bool(has_work),
+        stop=bool(stop),
+    )

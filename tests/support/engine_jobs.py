@@ -1,0 +1,163 @@
+"""Runs the real engine on one or several ranks for tests: real model, scheduler, sampler and collectives, without sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import rank_pool
+import torch
+
+from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.messages import GenerateRequest, RequestOutput, SamplingParams
+from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
+from moesaic.launch.engine.process_groups import make_parallel_context
+from moesaic.launch.engine.recording import LoadRecording
+from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
+from moesaic.launch.engine.step import HeaderExchange, StepRules
+from moesaic.launch.models.config import load_model_config
+from moesaic.launch.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """A layout and the engine's knobs; defaults are one rank with plenty of memory."""
+
+    model_path: str
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    a2a: str = "none"
+    mode: str = "auto"
+    dense_tp: bool = True
+    dp_lm_head: bool = False
+    page_size: int = 4
+    num_pages: int = 256
+    max_running: int = 32
+    chunk_tokens: int = 128
+    cap: int = 128
+    context_length: int = 256
+    policy: str = "fcfs"
+    prefix_cache: bool = True
+    fp8_activations: bool = False
+    alignment: int = 1
+    load_format: str = "safetensors"
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(
+            world_size=self.tp,
+            nnodes=1,
+            dp_size=self.dp,
+            ep_size=self.tp if self.a2a != "none" else self.ep,
+            moe_dense_tp_size=self.tp // self.dp if self.dense_tp else 1,
+        )
+
+
+@dataclass
+class Finished:
+    """All that came back for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    message: str | None = None
+    cached_tokens: int = 0
+    logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] = field(default_factory=list)
+
+
+def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any) -> GenerateRequest:
+    """A request without end-of-sequence ids, temperature 0 unless `sampling` says otherwise."""
+    sampling = SamplingParams(**{"temperature": 0.0, "max_new_tokens": num_tokens, **options.pop("sampling", {})})
+    return GenerateRequest(rid=rid, input_ids=tuple(prompt), sampling=sampling, **options)
+
+
+def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
+    """One rank's engine. Collective when the layout has several ranks."""
+    topology = settings.topology
+    place = topology.place(rank)
+    parallel = make_parallel_context(
+        topology, place, a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=rank_pool.group_of
+    )
+    runner = ModelRunner(
+        RunnerConfig(
+            model_path=settings.model_path,
+            load_format=settings.load_format,
+            context_length=settings.context_length,
+            page_size=settings.page_size,
+            fp8_activations=settings.fp8_activations,
+            alignment=settings.alignment,
+        ),
+        load_model_config(settings.model_path),
+        parallel,
+    )
+    runner.allocate_kv(settings.num_pages)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_pages=settings.num_pages,
+            page_size=settings.page_size,
+            max_running=settings.max_running,
+            context_length=settings.context_length,
+            chunk_tokens=settings.chunk_tokens,
+            policy=settings.policy,
+            prefix_cache=settings.prefix_cache,
+        )
+    )
+    rules = StepRules(
+        dp_size=settings.dp,
+        attn_tp_size=topology.attn_tp_size,
+        a2a=settings.a2a != "none",
+        mode=settings.mode,  # type: ignore[arg-type]
+        cap=settings.cap,
+    )
+    return RankEngine(
+        scheduler=scheduler,
+        runner=runner,
+        rules=rules,
+        exchange=HeaderExchange(topology.world_size, parallel.world_group),
+        recording=LoadRecording(runner.model_config, parallel),
+        activity=Activity(rank),
+    )
+
+
+def run_waves(engine: RankEngine, waves: list[list[GenerateRequest]]) -> dict[int, Finished]:
+    """Each wave's requests are added together and run to their end before the next (so that later ones hit the cache)."""
+    finished: dict[int, Finished] = {}
+    for wave in waves:
+        for request in wave:
+            engine.apply(request)
+        while True:
+            result = engine.step()
+            collect(finished, result.outputs)
+            if result.step.quiet:
+                break
+    return finished
+
+
+def collect(finished: dict[int, Finished], outputs: list[RequestOutput]) -> None:
+    for output in outputs:
+        entry = finished.setdefault(output.rid, Finished())
+        entry.tokens += output.token_ids
+        entry.finish_reason = output.finish_reason or entry.finish_reason
+        entry.message = output.message or entry.message
+        entry.cached_tokens = max(entry.cached_tokens, output.cached_tokens)
+        entry.logprobs += output.logprobs
+        entry.prompt_logprobs += output.prompt_logprobs
+
+
+def engine_job(rank: int, settings: EngineSettings, waves: list[list[GenerateRequest]]) -> dict[int, Finished]:
+    """Job for a RankPool: request i of a wave goes to DP rank i % dp. Returns the leader's outputs (empty on others)."""
+    torch.set_num_threads(1)
+    engine = make_engine(settings, rank)
+    place = settings.topology.place(rank)
+    own = [[request for i, request in enumerate(wave) if i % settings.dp == place.dp_rank] for wave in waves]
+    finished = run_waves(engine, own)
+    leaked = settings.num_pages - engine.scheduler.cache.available_pages()
+    assert leaked == 0, f"{leaked} pages leaked"
+    return finished if place.is_leader else {}
+
+
+def merged(results: list[dict[int, Finished]]) -> dict[int, Finished]:
+    """One dictionary of all DP ranks' outputs."""
+    return {rid: value for result in results for rid, value in result.items()}

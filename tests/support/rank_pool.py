@@ -1,0 +1,102 @@
+"""Four worker processes joined in one gloo group, started once per test session and reused by every distributed test.
+
+A job is a picklable function called as `function(rank, *arguments)` on the first `world_size` workers; results come back in
+rank order. A worker that fails or hangs breaks the pool: the error is raised and the next job starts a new one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+WORLD_SIZE = 4
+JOB_DEADLINE_S = 60
+GROUPS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))
+"""Created once by all workers: torch can't create groups among some processes again and again."""
+
+_groups: dict[tuple[int, ...], Any] = {}
+
+
+def group_of(ranks: tuple[int, ...]) -> Any:
+    """The group of these ranks, inside a worker."""
+    return _groups[ranks]
+
+
+class RankPool:
+    """See the module's docstring. `close` ends the workers."""
+
+    def __init__(self) -> None:
+        self._workers: list[mp.process.BaseProcess] = []
+        self._pipes: list[Any] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run a job; raises RuntimeError with the worker's traceback if it fails, TimeoutError if it hangs."""
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes[:world_size]:
+            pipe.send((function, arguments))
+        results = []
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            if not pipe.poll(JOB_DEADLINE_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {JOB_DEADLINE_S} s")
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                self.close()
+                raise RuntimeError(f"rank {rank} died in {function.__name__}") from None
+            if not ok:
+                self.close()
+                raise RuntimeError(f"rank {rank}: {value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4294967296")
+        for rank in range(WORLD_SIZE):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+
+def _work(rank: int, port: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    for ranks in GROUPS:
+        _groups[ranks] = dist.new_group(list(ranks))
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            pipe.send((True, function(rank, *arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
