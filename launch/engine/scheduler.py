@@ -238,14 +238,12 @@ class Scheduler:
         if self.config.policy == "fcfs" or len(self._waiting) == 1:
             return list(self._waiting)
         window = self._waiting[:LPM_WINDOW]
-        hits = {sequence.request.rid: self._cached_prefix(sequence) for sequence in window}
+        hits = {
+            sequence.request.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
+            for sequence in window
+        }
         order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.request.rid]))
         return order + self._waiting[LPM_WINDOW:]
-
-    def _cached_prefix(self, sequence: Sequence) -> int:
-        match = self.cache.match(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
-        self.cache.release(match.node)
-        return match.num_tokens
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, unless running ones need the room."""

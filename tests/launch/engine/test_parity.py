@@ -1,0 +1,103 @@
+"""Greedy tokens and prompt logprobs equal HF transformers' in every layout, backend, dispatch mode and chunking.
+
+The whole product (7 checkpoints x 30 layouts x 2 chunk sizes) runs with `-m whole`; by default every layout runs once, with the
+checkpoints and chunk sizes taken in turn, so that each value of each dimension meets many of the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from engine_jobs import EngineSettings, engine_job, greedy_request, merged
+from rank_pool import RankPool
+from tiny_models import VARIANTS, TinyModel
+
+LAYOUTS = {
+    "tp1": {"tp": 1, "dp": 1},
+    "dp2-ep2": {"tp": 2, "dp": 2, "ep": 2},
+    "dp4-ep4": {"tp": 4, "dp": 4, "ep": 4},
+    "tp4-dp2": {"tp": 4, "dp": 2, "ep": 2},
+    "tp4-dp1": {"tp": 4, "dp": 1, "ep": 1},
+}
+PLACES = [
+    (layout, backend, mode) for layout in LAYOUTS for backend in ("none", "torch") for mode in ("normal", "low_latency", "auto")
+]
+CHUNKS = (7, 256)
+COVER = [(list(VARIANTS)[i % len(VARIANTS)], place, CHUNKS[i % 2]) for i, place in enumerate(PLACES)]
+NUM_TOKENS = 6
+
+
+def _prompts() -> list[list[int]]:
+    """One alone, then strangers of mixed lengths, two of which share a prefix with the first."""
+    rng = random.Random(7)
+    first = [rng.randrange(2, 256) for _ in range(29)]
+    return [first, [3], first[:17] + [9, 9], [rng.randrange(2, 256) for _ in range(40)], first[:24], [5, 6]]
+
+
+@cache
+def _expected(model: TinyModel) -> tuple[list[list[int]], list[list[float]]]:
+    prompts = _prompts()
+    return [model.greedy(p, NUM_TOKENS) for p in prompts], [model.prompt_logprobs(p) for p in prompts]
+
+
+def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk: int) -> None:
+    layout, backend, mode = place
+    settings = EngineSettings(
+        model_path=str(model.folder), a2a=backend, mode=mode, chunk_tokens=chunk, cap=512, **LAYOUTS[layout]
+    )
+    prompts = _prompts()
+    tokens, logprobs = _expected(model)
+    alone = [greedy_request(0, prompts[0], NUM_TOKENS, logprob_start_len=0)]
+    strangers = [greedy_request(i, p, NUM_TOKENS, logprob_start_len=0) for i, p in enumerate(prompts) if i]
+    again = [greedy_request(100 + i, p, NUM_TOKENS) for i, p in enumerate(prompts)]
+    results = pool.run(settings.tp, engine_job, settings, [alone, strangers, again])
+    finished = merged(results)
+    for i, prompt in enumerate(prompts):
+        assert finished[i].tokens == tokens[i], f"cold prompt {i}"
+        assert finished[100 + i].tokens == tokens[i], f"prompt {i} with a prefix hit"
+        assert finished[i].prompt_logprobs[0].logprob is None
+        found = [entry.logprob for entry in finished[i].prompt_logprobs[1:]]
+        assert found == pytest.approx(logprobs[i], abs=1e-4)
+    assert finished[100].cached_tokens == 28, "the first prompt's 29 tokens are cached but for the last"
+
+
+@pytest.mark.parametrize(("variant", "place", "chunk"), COVER, ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
+def test_tokens_equal_the_oracle(
+    variant: str, place: tuple[str, str, str], chunk: int, tiny: Callable[..., TinyModel], rank_pool: RankPool
+) -> None:
+    _check(tiny(variant), rank_pool, place, chunk)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_tokens_equal_the_oracle_in_the_whole_product(
+    variant: str, place: tuple[str, str, str], chunk: int, tiny: Callable[..., TinyModel], rank_pool: RankPool
+) -> None:
+    _check(tiny(variant), rank_pool, place, chunk)
+
+
+@pytest.mark.parametrize("options", [{"dp_lm_head": True}, {"dense_tp": False}, {"page_size": 1}, {"alignment": 8}, {"ep": 4}])
+def test_other_layout_choices_change_no_token(
+    options: dict[str, int], tiny: Callable[..., TinyModel], rank_pool: RankPool
+) -> None:
+    model = tiny("plain")
+    settings = EngineSettings(model_path=str(model.folder), **{"tp": 4, "dp": 2, "a2a": "none", "ep": 2, **options})
+    requests = [greedy_request(i, prompt, NUM_TOKENS) for i, prompt in enumerate(_prompts())]
+    finished = merged(rank_pool.run(4, engine_job, settings, [requests]))
+    assert [finished[i].tokens for i in range(len(requests))] == _expected(model)[0]
+
+
+def test_w8a8_is_the_same_in_every_layout(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    """FP8 activations change the numbers (so no oracle), but not from one layout to the next."""
+    model = tiny("fp8")
+    requests = [greedy_request(i, prompt, NUM_TOKENS) for i, prompt in enumerate(_prompts())]
+    base = EngineSettings(model_path=str(model.folder), fp8_activations=True)
+    one = engine_job(0, base, [requests])
+    two = EngineSettings(model_path=str(model.folder), fp8_activations=True, tp=2, dp=2, a2a="torch")
+    finished = merged(rank_pool.run(2, engine_job, two, [requests]))
+    assert {rid: entry.tokens for rid, entry in finished.items()} == {rid: entry.tokens for rid, entry in one.items()}
