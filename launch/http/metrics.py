@@ -1,0 +1,77 @@
+"""Prometheus metrics under SGLang's stems with the prefix `moesaic:`. Counts what the HTTP side sees and shows the
+ranks' loads.
+
+Each server has its own registry. Metrics that nothing produces yet (speculation, rebalancing, PD) are absent, not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from moesaic.launch.engine.messages import LoadReport
+
+PREFIX = "moesaic:"
+TIME_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
+BETWEEN_TOKENS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.8, 2, 4, 8)
+WHOLE_REQUEST = (0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400, 600, 1200)
+
+
+class _Loads(Collector):
+    """The ranks' last load reports as gauges, read when Prometheus asks."""
+
+    def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+        self._model = model
+        self._loads = loads
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        loads = self._loads()
+        rows: list[tuple[str, str, Callable[[LoadReport], float]]] = [
+            ("num_running_reqs", "Requests in the running batch", lambda load: load.num_running_reqs),
+            ("num_queue_reqs", "Requests waiting for a place", lambda load: load.num_waiting_reqs),
+            ("num_used_tokens", "Tokens of KV cache in use", lambda load: load.num_used_tokens),
+            ("token_usage", "Share of the KV cache in use", token_usage),
+            ("gen_throughput", "Generated tokens per second", lambda load: load.gen_throughput),
+            ("cache_hit_rate", "Share of prompt tokens found in the prefix cache", lambda load: load.cache_hit_rate),
+            ("num_retracted_reqs", "Requests put back for want of KV cache", lambda load: load.num_retracted_reqs),
+        ]
+        for name, text, value in rows:
+            family = GaugeMetricFamily(PREFIX + name, text, labels=("model_name", "dp_rank"))
+            for load in loads:
+                family.add_metric((self._model, str(load.dp_rank)), value(load))
+            yield family
+
+
+def token_usage(load: LoadReport) -> float:
+    return load.num_used_tokens / load.max_total_num_tokens if load.max_total_num_tokens else 0.0
+
+
+class Metrics:
+    """Counters and histograms of one server. Times are seconds."""
+
+    def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+        self._model = model
+        self._registry = CollectorRegistry()
+        self._registry.register(_Loads(model, loads))
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
+        self.num_requests = self._counter("num_requests", "Sequences that have ended, however they did")
+        self.num_aborted = self._counter("num_aborted_requests", "Sequences that were aborted or failed")
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Until the first token", TIME_TO_FIRST)
+        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Between tokens", BETWEEN_TOKENS)
+        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", WHOLE_REQUEST)
+        self.queue_time = self._histogram("queue_time_seconds", "Waiting in the rank's queue", TIME_TO_FIRST)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        counter = Counter(PREFIX + name, text, ("model_name",), registry=self._registry)
+        return counter.labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(PREFIX + name, text, ("model_name",), registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
