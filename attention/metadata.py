@@ -6,6 +6,7 @@ Rows of a step: first `num_decode` decode rows (one token per sequence), then th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -24,13 +25,21 @@ MAX_PADDING = 1.25
 class DecodeBucket:
     """Decode sequences of similar length, padded to the longest.
 
-    rows: int64 [b] rows of the step, or None when the bucket is all decode rows in order. page_table int64 [b, P] (0 padded).
-    bias fp32 [b, 1, P * page_size]: 0 where a token exists, -inf after the sequence's end.
+    rows: int64 [b] rows of the step, or None when the bucket is all decode rows in order. page_table int64 [b, P] (0 padded);
+    seq_lens int64 [b].
     """
 
     rows: Tensor | None
     page_table: Tensor
-    bias: Tensor
+    seq_lens: Tensor
+    page_size: int
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """fp32 [b, 1, P * page_size]: 0 where a token exists, -inf after the sequence's end. Made once per step, for all layers."""
+        positions = torch.arange(self.page_table.shape[1] * self.page_size, device=self.seq_lens.device)
+        beyond = positions >= self.seq_lens.unsqueeze(1)
+        return torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf")).unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +97,9 @@ def _bucket(
     rows: Int64Array | None, page_table: Int32Array, seq_lens: Int64Array, page_size: int, device: torch.device
 ) -> DecodeBucket:
     num_pages = -(-int(seq_lens.max()) // page_size)
-    bias = np.zeros((len(seq_lens), 1, num_pages * page_size), dtype=np.float32)
-    bias[np.arange(num_pages * page_size)[None, None, :] >= seq_lens[:, None, None]] = -np.inf
     return DecodeBucket(
         rows=None if rows is None else torch.from_numpy(rows).to(device),
         page_table=torch.from_numpy(page_table[:, :num_pages].astype(np.int64)).to(device),
-        bias=torch.from_numpy(bias).to(device),
+        seq_lens=torch.from_numpy(seq_lens).to(device),
+        page_size=page_size,
     )

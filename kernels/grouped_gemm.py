@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MAX_BATCHED_ROWS = 32
+
 
 def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """x [sum(counts), K], rows sorted by expert; weight [E, N, K]; counts rows per expert -> [sum(counts), N].
@@ -20,6 +22,8 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
             f"grouped_gemm_contiguous: {len(counts)} counts with sum {sum(counts)} don't fit "
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
+    if _prefers_batch(counts):
+        return _batched(x, weight, counts)
     out = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
     for expert, count in enumerate(counts):
@@ -27,6 +31,21 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
             torch.mm(x[start : start + count], weight[expert].t(), out=out[start : start + count])
             start += count
     return out
+
+
+def _prefers_batch(counts: list[int]) -> bool:
+    """Whether padding all experts to the longest costs less than one call each: most have rows, none has many."""
+    num_active = sum(count > 0 for count in counts)
+    return max(counts, default=0) <= MAX_BATCHED_ROWS and 2 * num_active > len(counts)
+
+
+def _batched(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    longest = max(counts)
+    valid = torch.arange(longest) < torch.tensor(counts).unsqueeze(1)
+    rows = valid.flatten().nonzero().squeeze(1).to(x.device)
+    padded = x.new_zeros(len(counts) * longest, x.shape[1]).index_copy_(0, rows, x)
+    product = torch.bmm(padded.view(len(counts), longest, -1), weight.transpose(1, 2))
+    return product.view(-1, weight.shape[1]).index_select(0, rows)
 
 
 def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

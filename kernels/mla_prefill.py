@@ -30,4 +30,6 @@ def mla_prefill(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> T
                 scale=scale,
             )[0]
         )
+    if not blocks:
+        return query.new_empty(*query.shape[:2], value.shape[2])
     return torch.cat(blocks, dim=1) if len(blocks) != 1 else blocks[0]

@@ -21,7 +21,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.float(), (0, num_blocks * BLOCK - width)).view(num_tokens, num_blocks, BLOCK)
     scales = padded.abs().amax(-1).clamp(min=1e-4) / FP8_MAX
     quantized = (padded / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return quantized.view(num_tokens, -1)[:, :width], scales
+    return quantized.view(num_tokens, num_blocks * BLOCK)[:, :width], scales
 
 
 def dequantize_per_token(quantized: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

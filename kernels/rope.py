@@ -67,5 +67,5 @@ def rope_table(config: RopeConfig, num_positions: int) -> Tensor:
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """x [T, heads, dim] rotated by rotation complex64 [T, dim / 2]; returns x's dtype. The multiplication is fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (x.shape[-1] // 2, 2)).contiguous())
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moesaic.kernels.activation import swiglu
 from moesaic.kernels.grouped_gemm import grouped_gemm_contiguous, grouped_gemm_masked
 from moesaic.kernels.quant import round_to_fp8
-from moesaic.moe.dispatcher import ContiguousRows, ExpertRows
+from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,19 @@ class TorchExpertRunner:
         self._fp8_activations = fp8_activations
 
     def run(self, rows: ExpertRows) -> Tensor:
+        if isinstance(rows, MaskedRows) and rows.hidden.device.type == "cpu":
+            return self._run_filled(rows)
+        return self._run(rows)
+
+    def _run_filled(self, rows: MaskedRows) -> Tensor:
+        """Only as many rows per expert as the fullest has: a CPU may look at the counts, a captured graph may not."""
+        filled = int(rows.counts.max()) if rows.counts.numel() else 0
+        out = torch.zeros_like(rows.hidden)
+        if filled:
+            out[:, :filled] = self._run(MaskedRows(hidden=rows.hidden[:, :filled], counts=rows.counts))
+        return out
+
+    def _run(self, rows: ExpertRows) -> Tensor:
         inner = swiglu(self._product(rows, rows.hidden, self._weights.gate_up))
         return self._product(rows, inner, self._weights.down)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -74,12 +75,12 @@ class RankEngine:
         """Take in a request or an abort. A request that can never run is answered with an abort that says why."""
         if isinstance(message, AbortRequest):
             if self.scheduler.remove(message.rid) is not None and not message.finish:
-                self._outputs.append(RequestOutput(rid=message.rid, token_ids=[], finish_reason="abort"))
+                self._outputs.append(RequestOutput(rid=message.rid, token_ids=(), finish_reason="abort"))
             return
         try:
             self.scheduler.add(message)
         except ValueError as error:
-            self._outputs.append(RequestOutput(rid=message.rid, token_ids=[], finish_reason="abort", message=str(error)))
+            self._outputs.append(RequestOutput(rid=message.rid, token_ids=(), finish_reason="abort", message=str(error)))
 
     def control(self, command: Control) -> None:
         """Queue a command; it is carried out in the step in which every rank has it."""
@@ -156,36 +157,50 @@ class RankEngine:
         chosen: Int64Array = tokens.cpu().numpy()
         self.scheduler.append_tokens(slots, chosen)
         self._throughput.add(len(slots))
-        for index, (slot, token) in enumerate(zip(slots.tolist(), chosen.tolist(), strict=True)):
-            self._emit(self.scheduler.table.sequence(slot), token, logprobs.get(index))
+        self._emit(slots, chosen, logprobs)
 
-    def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-        """The output of one sequence's new token; ends the sequence when it is complete."""
-        request = sequence.request
-        limit = request.sampling.max_new_tokens
-        stopped = token in sequence.stop_ids
-        finish = "stop" if stopped and limit else "length" if sequence.num_tokens >= sequence.max_tokens else None
-        first = not sequence.prompt_logprobs_sent
-        sequence.prompt_logprobs_sent = True
+    def _emit(self, slots: Int64Array, tokens: Int64Array, logprobs: dict[int, TokenLogprobs]) -> None:
+        """One output per new token. Most rows just go on: those take the short way."""
+        table = self.scheduler.table
+        full = table.num_tokens[slots] >= table.max_tokens[slots]
+        outputs, sequences = self._outputs, table.sequences
+        for row, (slot, token, is_full) in enumerate(zip(slots.tolist(), tokens.tolist(), full.tolist(), strict=True)):
+            sequence = sequences[slot]
+            assert sequence is not None
+            if is_full or row in logprobs or not sequence.first_output_sent or token in sequence.stop_ids:
+                self._emit_event(sequence, token, logprobs.get(row))
+            else:
+                outputs.append(RequestOutput(rid=sequence.rid, token_ids=(token,)))
+
+    def _emit_event(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """The output of a token that is a sequence's first or last or comes with logprobs; ends a complete sequence."""
+        limit = sequence.request.sampling.max_new_tokens
+        finish: Literal["stop", "length"] | None = None
+        if limit and token in sequence.stop_ids:
+            finish = "stop"
+        elif sequence.num_tokens >= sequence.max_tokens:
+            finish = "length"
+        first = not sequence.first_output_sent
+        sequence.first_output_sent = True
         self._outputs.append(
             RequestOutput(
-                rid=request.rid,
-                token_ids=[token] if limit else [],
-                finish_reason=finish,  # type: ignore[arg-type]
+                rid=sequence.rid,
+                token_ids=(token,) if limit else (),
+                finish_reason=finish,
                 matched=token if finish == "stop" else None,
                 cached_tokens=sequence.cached_tokens,
-                logprobs=[logprobs] if logprobs is not None and limit else [],
-                prompt_logprobs=sequence.prompt_logprobs if first else [],
+                logprobs=(logprobs,) if logprobs is not None and limit else (),
+                prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
                 queue_seconds=sequence.admitted_at - sequence.added_at if first else None,
             )
         )
         if finish is not None:
-            self.scheduler.remove(request.rid)
+            self.scheduler.remove(sequence.rid)
 
     def _logprobs(self, slots: Int64Array, logits: Tensor, tokens: Tensor) -> dict[int, TokenLogprobs]:
         """Logprobs of the rows that asked for them, by row."""
         table = self.scheduler.table
-        rows = [row for row, slot in enumerate(slots.tolist()) if table.sequence(slot).request.return_logprob]
+        rows = np.flatnonzero(table.wants_logprobs[slots]).tolist()
         if not rows:
             return {}
         requests = [table.sequence(int(slots[row])).request for row in rows]
@@ -195,7 +210,7 @@ class RankEngine:
     def _collect_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:
         sequence = chunk.sequence
         request = sequence.request
-        if request.logprob_start_len < 0 or sequence.prompt_logprobs_sent:
+        if request.logprob_start_len < 0 or sequence.first_output_sent:
             return
         if request.logprob_start_len == 0 and chunk.start == 0:
             sequence.prompt_logprobs.append(TokenLogprobs(token_id=int(sequence.tokens[0]), logprob=None))

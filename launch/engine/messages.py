@@ -75,7 +75,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     top: list[tuple[int, float]] = []
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one step adds to one request.
 
     `finish_reason`: None while running; "stop" (`matched` holds the token id, which is not part of the text), "length", "abort".
@@ -84,13 +84,13 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """
 
     rid: int
-    token_ids: list[int]
+    token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length", "abort"] | None = None
     matched: int | None = None
     message: str | None = None
     cached_tokens: int = 0
-    logprobs: list[TokenLogprobs] = []
-    prompt_logprobs: list[TokenLogprobs] = []
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     queue_seconds: float | None = None
 
 

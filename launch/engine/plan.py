@@ -19,7 +19,7 @@ class Chunk:
     def prompt_rows(self) -> range:
         """Positions in this chunk whose logits are wanted for prompt logprobs: those that predict a wanted prompt token."""
         request = self.sequence.request
-        if request.logprob_start_len < 0 or self.sequence.prompt_logprobs_sent:
+        if request.logprob_start_len < 0 or self.sequence.first_output_sent:
             return range(0)
         first = max(request.logprob_start_len - 1, 0, self.start)
         return range(first, min(self.start + self.length, self.sequence.num_prompt - 1))

@@ -239,10 +239,10 @@ class Scheduler:
             return list(self._waiting)
         window = self._waiting[:LPM_WINDOW]
         hits = {
-            sequence.request.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
+            sequence.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
             for sequence in window
         }
-        order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.request.rid]))
+        order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.rid]))
         return order + self._waiting[LPM_WINDOW:]
 
     def _admit(self, sequence: Sequence) -> bool:

@@ -28,6 +28,7 @@ class Sequence:
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
 
+    rid: int
     request: GenerateRequest
     tokens: Int32Array
     num_prompt: int
@@ -40,7 +41,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     history: TokenHistory | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs_sent: bool = False
+    first_output_sent: bool = False
     added_at: float = 0.0
     admitted_at: float = 0.0
 
@@ -51,6 +52,7 @@ class Sequence:
         tokens = np.empty(num_prompt + max(request.sampling.max_new_tokens, 1), dtype=np.int32)
         tokens[:num_prompt] = request.input_ids
         return Sequence(
+            rid=request.rid,
             request=request,
             tokens=tokens,
             num_prompt=num_prompt,
@@ -78,7 +80,7 @@ class Sequence:
     def matchable_tokens(self) -> int:
         """How much of it a cached prefix may replace: the last token must run, and prompt logprobs need their own rows."""
         limit = self.num_tokens - 1
-        if self.request.logprob_start_len >= 0 and not self.prompt_logprobs_sent:
+        if self.request.logprob_start_len >= 0 and not self.first_output_sent:
             limit = min(limit, max(self.request.logprob_start_len - 1, 0))
         return limit
 
@@ -102,6 +104,7 @@ class SequenceTable:
         self.top_k: Int64Array = np.full(capacity, -1, dtype=np.int64)
         self.seed: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.min_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.wants_logprobs = np.zeros(capacity, dtype=np.bool_)
         self.needs_history = np.zeros(capacity, dtype=np.bool_)
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -125,6 +128,7 @@ class SequenceTable:
         self.top_k[slot] = sampling.top_k
         self.seed[slot] = sampling.seed
         self.min_tokens[slot] = sequence.min_tokens
+        self.wants_logprobs[slot] = sequence.request.return_logprob
         self.needs_history[slot] = sequence.history is not None
 
     def remove(self, sequence: Sequence) -> Int32Array:

@@ -63,8 +63,8 @@ class Update:
 
     sequence: Generated
     text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     first: bool
 
 
@@ -178,7 +178,7 @@ def _detokenize(sequence: Generated, output: RequestOutput) -> tuple[str, int]:
     if detokenizer is None:
         return "", len(output.token_ids)
     visible = output.token_ids
-    if output.finish_reason == "stop" and not sequence.job.plan.no_stop_trim and visible[-1:] == [output.matched]:
+    if output.finish_reason == "stop" and not sequence.job.plan.no_stop_trim and visible[-1:] == (output.matched,):
         visible = visible[:-1]
     text, used = detokenizer.add(visible)
     if detokenizer.matched is None and sequence.finish is not None:

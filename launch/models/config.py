@@ -99,22 +99,22 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         moe_intermediate_size=_positive(raw, "moe_intermediate_size"),
         num_hidden_layers=_positive(raw, "num_hidden_layers"),
         num_attention_heads=_positive(raw, "num_attention_heads"),
-        n_shared_experts=int(raw.get("n_shared_experts") or 0),
+        n_shared_experts=_count(raw, "n_shared_experts", 0),
         n_routed_experts=_positive(raw, "n_routed_experts"),
-        routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
+        routed_scaling_factor=_number(raw, "routed_scaling_factor", 1.0),
         kv_lora_rank=_positive(raw, "kv_lora_rank"),
         q_lora_rank=None if raw.get("q_lora_rank") is None else _positive(raw, "q_lora_rank"),
         qk_rope_head_dim=_positive(raw, "qk_rope_head_dim"),
         v_head_dim=_positive(raw, "v_head_dim"),
         qk_nope_head_dim=_positive(raw, "qk_nope_head_dim"),
-        n_group=int(raw.get("n_group") or 1),
-        topk_group=int(raw.get("topk_group") or 1),
+        n_group=_positive(raw, "n_group") if raw.get("n_group") is not None else 1,
+        topk_group=_positive(raw, "topk_group") if raw.get("topk_group") is not None else 1,
         num_experts_per_tok=_positive(raw, "num_experts_per_tok"),
-        first_k_dense_replace=int(raw.get("first_k_dense_replace", 0)),
-        norm_topk_prob=bool(raw.get("norm_topk_prob", True)),
+        first_k_dense_replace=_count(raw, "first_k_dense_replace", 0),
+        norm_topk_prob=_boolean(raw, "norm_topk_prob", True),
         max_position_embeddings=_positive(raw, "max_position_embeddings"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        tie_word_embeddings=_boolean(raw, "tie_word_embeddings", False),
         rope=_rope(raw),
         eos_token_ids=_eos(raw),
         fp8_block=_fp8_block(raw),
@@ -153,28 +153,55 @@ def _positive(raw: dict[str, Any], field: str) -> int:
     return value
 
 
+def _count(raw: dict[str, Any], field: str, default: int) -> int:
+    value = raw.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ModelConfigError(f"{field} must be an integer of at least 0, got {value!r}")
+    return value
+
+
+def _number(raw: dict[str, Any], field: str, default: float) -> float:
+    value = raw.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ModelConfigError(f"{field} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _boolean(raw: dict[str, Any], field: str, default: bool) -> bool:
+    value = raw.get(field, default)
+    if not isinstance(value, bool):
+        raise ModelConfigError(f"{field} must be true or false, got {value!r}")
+    return value
+
+
 def _rope(raw: dict[str, Any]) -> RopeConfig:
     """Reads both spellings: `rope_scaling` + `rope_theta` (released checkpoints) and transformers 5's `rope_parameters`."""
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ModelConfigError(f"rope_scaling (or rope_parameters) must be an object, got {given!r}")
+    scaling = {name: value for name, value in given.items() if value is not None}
+    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     dim = _positive(raw, "qk_rope_head_dim")
     if kind == "default":
         return RopeConfig(dim=dim, theta=theta)
     if kind != "yarn":
         raise ModelConfigError(f"rope type {kind!r} is not served; only 'default' and 'yarn' are")
-    original = int(scaling["original_max_position_embeddings"])
-    attention_factor = scaling.get("attention_factor")
+    if scaling.get("truncate", True) is not True:
+        raise ModelConfigError(f"rope truncate = {scaling['truncate']!r} is not served; only true is")
+    original = _positive(scaling, "original_max_position_embeddings")
     return RopeConfig(
         dim=dim,
         theta=theta,
-        factor=float(scaling.get("factor") or raw["max_position_embeddings"] / original),
+        factor=_number(scaling, "factor", _positive(raw, "max_position_embeddings") / original),
         original_max_position=original,
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=float(scaling.get("mscale") or 0),
-        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0),
-        attention_factor=None if attention_factor is None else float(attention_factor),
+        beta_fast=_number(scaling, "beta_fast", 32.0),
+        beta_slow=_number(scaling, "beta_slow", 1.0),
+        mscale=_number(scaling, "mscale", 0.0) if scaling.get("mscale") else 0.0,
+        mscale_all_dim=_number(scaling, "mscale_all_dim", 0.0) if scaling.get("mscale_all_dim") else 0.0,
+        attention_factor=_number(scaling, "attention_factor", 1.0) if "attention_factor" in scaling else None,
     )
 
 
@@ -182,18 +209,23 @@ def _eos(raw: dict[str, Any]) -> tuple[int, ...]:
     value = raw.get("eos_token_id")
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelConfigError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(ids)
 
 
 def _fp8_block(raw: dict[str, Any]) -> tuple[int, int] | None:
     quantization = raw.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise ModelConfigError(f"quantization_config must be an object, got {quantization!r}")
     if quantization.get("quant_method") != "fp8":
         raise ModelConfigError(f"quantization {quantization.get('quant_method')!r} is not served; only 'fp8' is")
-    block = tuple(quantization.get("weight_block_size") or ())
-    if block != (128, 128):
-        raise ModelConfigError(f"weight_block_size {list(block)} is not served; only [128, 128] is")
+    block = quantization.get("weight_block_size")
+    if block != [128, 128]:
+        raise ModelConfigError(f"weight_block_size {block!r} is not served; only [128, 128] is")
     return (128, 128)
 
 
@@ -202,6 +234,8 @@ def _check_experts(config: ModelConfig) -> None:
         raise ModelConfigError(f"n_routed_experts {config.n_routed_experts} is no multiple of n_group {config.n_group}")
     if not 1 <= config.topk_group <= config.n_group:
         raise ModelConfigError(f"topk_group {config.topk_group} must lie in 1..n_group = {config.n_group}")
+    if config.topk_group < config.n_group == config.n_routed_experts:
+        raise ModelConfigError(f"n_group {config.n_group} leaves one expert per group; a group is scored by its two best experts")
     reachable = config.n_routed_experts // config.n_group * config.topk_group
     if config.num_experts_per_tok > reachable:
         raise ModelConfigError(

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks
 
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be stored in without scales."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete, damaged or doesn't fit its config; names file and tensor."""
@@ -86,7 +89,7 @@ class CheckpointWeights:
         value = _cut(stored, shard)
         if value.dtype == FP8:
             value = self._dequantized(name, value, shape, dtype, shard)
-        elif value.dtype.is_floating_point:
+        elif value.dtype in PLAIN_DTYPES:
             value = value.to(dtype, copy=True)
         else:
             raise CheckpointError(f"{self._file_of[name]}: {name} has dtype {value.dtype}, which is no weight dtype")
@@ -95,6 +98,8 @@ class CheckpointWeights:
 
     def _dequantized(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None) -> Tensor:
         """An FP8 shard in dtype; reads just the scales of the blocks that it touches."""
+        if len(shape) != 2:
+            raise CheckpointError(f"{self._file_of[name]}: {name} is FP8 with shape {list(shape)}; only matrices have scale blocks")
         starts, stops = [0, 0], list(shape)
         if shard is not None:
             starts[shard.dim], stops[shard.dim] = shard.bounds(shape[shard.dim])
@@ -125,9 +130,7 @@ class CheckpointWeights:
         """Tensor name -> file name."""
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
+            weight_map = _weight_map(index)
             missing = sorted({name for name in weight_map.values() if not (self._folder / name).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} file(s) missing)")
@@ -143,6 +146,17 @@ class CheckpointWeights:
             return list(self._files[file.name].keys())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor to file name")
+    return weight_map
 
 
 def _cut(value: Any, shard: Shard | None) -> Tensor:

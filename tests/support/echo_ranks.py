@@ -133,7 +133,7 @@ class EchoRank:
                 self._running[message.rid] = _Running(message, answer)
             case AbortRequest():
                 if self._running.pop(message.rid, None) is not None and not message.finish and self._leads:
-                    output = RequestOutput(rid=message.rid, token_ids=[], finish_reason="abort", message="aborted")
+                    output = RequestOutput(rid=message.rid, token_ids=(), finish_reason="abort", message="aborted")
                     self._send(StepOutputs(dp_rank=self._dp_rank, outputs=[output], load=self._load()))
             case Control():
                 if self._leads:
@@ -164,7 +164,7 @@ class EchoRank:
         running = self._running[rid]
         request, first = running.request, running.sent == 0
         limit = request.sampling.max_new_tokens
-        token_ids = [running.answer[running.sent % len(running.answer)]] if limit else []
+        token_ids = (running.answer[running.sent % len(running.answer)],) if limit else ()
         running.sent += len(token_ids)
         stopped = bool(token_ids) and token_ids[0] in request.sampling.stop_token_ids
         finish = "stop" if stopped else "length" if running.sent >= limit else None
@@ -176,8 +176,8 @@ class EchoRank:
             finish_reason=finish,  # type: ignore[arg-type]
             matched=token_ids[0] if stopped else None,
             cached_tokens=1 if first else 0,
-            logprobs=[_logprobs(token, -0.25, request) for token in token_ids] if request.return_logprob else [],
-            prompt_logprobs=_prompt_logprobs(request) if first else [],
+            logprobs=tuple(_logprobs(token, -0.25, request) for token in token_ids) if request.return_logprob else (),
+            prompt_logprobs=tuple(_prompt_logprobs(request)) if first else (),
             queue_seconds=0.001 if first else None,
         )
 

@@ -1,0 +1,113 @@
+"""The engine's own time per decode step: everything in a step but the model's forward.
+
+A real RankEngine (scheduler, paged KV bookkeeping, batch building, sampling parameters, greedy sampling, outputs, their encoding as
+messages) with a runner that returns prepared logits at once. The floor is Python: one visit of each running sequence to record its
+token and write its output, about 1 us each.
+
+Usage: python benchmarks/bench_scheduler.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from engine_jobs import greedy_request
+
+from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.messages import StepOutputs, encoder
+from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
+from moesaic.launch.engine.step import HeaderExchange, StepRules
+
+VOCAB = 2048
+PAGE_SIZE = 16
+STEPS = 200
+
+
+@dataclass
+class PreparedLogits:
+    """Stands where the model runner would: logits of the right shape without computing them."""
+
+    logits: torch.Tensor
+    config: Any
+
+    def forward(self, inputs: Any, observer: Any) -> torch.Tensor:
+        return self.logits[: len(inputs.logit_rows)]
+
+
+class NoRecording:
+    dp_rank = 0
+    observer = None
+
+    def end_step(self, num_tokens: int) -> None:
+        pass
+
+
+def make_engine(num_requests: int) -> RankEngine:
+    config = SchedulerConfig(
+        num_pages=num_requests * 128, page_size=PAGE_SIZE, max_running=num_requests, context_length=2048, chunk_tokens=1 << 20
+    )
+    runner: Any = PreparedLogits(torch.randn(num_requests, VOCAB), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"))
+    recording: Any = NoRecording()
+    return RankEngine(
+        scheduler=Scheduler(config),
+        runner=runner,
+        rules=StepRules(dp_size=1, attn_tp_size=1, a2a=False, mode="auto", cap=1 << 20),
+        exchange=HeaderExchange(1, None),
+        recording=recording,
+        activity=Activity(0),
+    )
+
+
+def step_ms(num_requests: int) -> float:
+    """Median milliseconds of a step in which `num_requests` sequences of about 1,000 tokens decode."""
+    engine = make_engine(num_requests)
+    for rid in range(num_requests):
+        prompt = [(rid * 7919 + i) % VOCAB for i in range(1000 + rid % 16)]
+        engine.apply(greedy_request(rid, prompt, STEPS + 100))
+    engine.step()
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        result = engine.step()
+        encoder.encode(StepOutputs(dp_rank=0, outputs=result.outputs, load=engine.load(0)))
+        times.append(time.perf_counter() - start)
+        assert len(result.outputs) == num_requests
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table = Table(title="engine time per decode step, without the model (median)")
+    for column in ("running requests", "ms per step", "us per request"):
+        table.add_column(column, justify="right")
+    result = {}
+    for num_requests in (1, 16, 64, 256, 1024):
+        milliseconds = step_ms(num_requests)
+        result[f"step_ms_{num_requests}"] = round(milliseconds, 4)
+        table.add_row(str(num_requests), f"{milliseconds:.3f}", f"{milliseconds / num_requests * 1e3:.2f}")
+    Console().print(table)
+    cache = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("bench_prefix_cache.py"))], capture_output=True, text=True, check=True
+    )
+    lines = cache.stdout.strip().splitlines()
+    print("\n".join(lines[:-1]))
+    print(json.dumps({**result, **json.loads(lines[-1])}))
+
+
+if __name__ == "__main__":
+    main()
