@@ -6,6 +6,9 @@ the same rows.
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -25,7 +28,7 @@ class LatentKVPool:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._rows = torch.zeros(num_layers, num_pages * page_size, latent_dim, dtype=dtype, device=device)
+        self._rows = _zeros((num_layers, num_pages * page_size, latent_dim), dtype, device)
 
     @staticmethod
     def bytes_per_token(num_layers: int, latent_dim: int, dtype: torch.dtype) -> int:
@@ -43,3 +46,12 @@ class LatentKVPool:
         """Rows of the listed pages: page_table int64 [B, P] -> [B, P * page_size, latent_dim]."""
         pages = self.pages(layer).index_select(0, page_table.flatten())
         return pages.view(page_table.shape[0], -1, self._rows.shape[-1])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On CPU they are anonymous pages, which cost memory and time only once touched: most of a pool never is."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -34,7 +34,7 @@ def _prompts() -> list[list[int]]:
     """One alone, then strangers of mixed lengths, two of which share a prefix with the first."""
     rng = random.Random(7)
     first = [rng.randrange(2, 256) for _ in range(29)]
-    return [first, [3], first[:17] + [9, 9], [rng.randrange(2, 256) for _ in range(40)], first[:24], [5, 6]]
+    return [first, [3], [*first[:17], 9, 9], [rng.randrange(2, 256) for _ in range(40)], first[:24], [5, 6]]
 
 
 @cache
@@ -45,9 +45,7 @@ def _expected(model: TinyModel) -> tuple[list[list[int]], list[list[float]]]:
 
 def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk: int) -> None:
     layout, backend, mode = place
-    settings = EngineSettings(
-        model_path=str(model.folder), a2a=backend, mode=mode, chunk_tokens=chunk, cap=512, **LAYOUTS[layout]
-    )
+    settings = EngineSettings(model_path=str(model.folder), a2a=backend, mode=mode, chunk_tokens=chunk, cap=512, **LAYOUTS[layout])
     prompts = _prompts()
     tokens, logprobs = _expected(model)
     alone = [greedy_request(0, prompts[0], NUM_TOKENS, logprob_start_len=0)]
@@ -55,7 +53,7 @@ def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk:
     again = [greedy_request(100 + i, p, NUM_TOKENS) for i, p in enumerate(prompts)]
     results = pool.run(settings.tp, engine_job, settings, [alone, strangers, again])
     finished = merged(results)
-    for i, prompt in enumerate(prompts):
+    for i in range(len(prompts)):
         assert finished[i].tokens == tokens[i], f"cold prompt {i}"
         assert finished[100 + i].tokens == tokens[i], f"prompt {i} with a prefix hit"
         assert finished[i].prompt_logprobs[0].logprob is None
@@ -64,7 +62,9 @@ def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk:
     assert finished[100].cached_tokens == 28, "the first prompt's 29 tokens are cached but for the last"
 
 
-@pytest.mark.parametrize(("variant", "place", "chunk"), COVER, ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
+@pytest.mark.parametrize(
+    ("variant", "place", "chunk"), COVER, ids=lambda value: "-".join(value) if isinstance(value, tuple) else None
+)
 def test_tokens_equal_the_oracle(
     variant: str, place: tuple[str, str, str], chunk: int, tiny: Callable[..., TinyModel], rank_pool: RankPool
 ) -> None:
@@ -82,9 +82,7 @@ def test_tokens_equal_the_oracle_in_the_whole_product(
 
 
 @pytest.mark.parametrize("options", [{"dp_lm_head": True}, {"dense_tp": False}, {"page_size": 1}, {"alignment": 8}, {"ep": 4}])
-def test_other_layout_choices_change_no_token(
-    options: dict[str, int], tiny: Callable[..., TinyModel], rank_pool: RankPool
-) -> None:
+def test_other_layout_choices_change_no_token(options: dict[str, int], tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
     model = tiny("plain")
     settings = EngineSettings(model_path=str(model.folder), **{"tp": 4, "dp": 2, "a2a": "none", "ep": 2, **options})
     requests = [greedy_request(i, prompt, NUM_TOKENS) for i, prompt in enumerate(_prompts())]

@@ -178,9 +178,7 @@ def test_penalties_match_the_direct_formula() -> None:
         histories.append((row, TokenHistory(prompt)))
         for token in output:
             histories[-1][1].append(token)
-    penalties = Penalties.make(
-        frequency=[*frequency, 0], presence=[*presence, 0], repetition=[*repetition, 1], histories=histories
-    )
+    penalties = Penalties.make(frequency=[*frequency, 0], presence=[*presence, 0], repetition=[*repetition, 1], histories=histories)
     scores = logits.clone()
     penalties.apply_(scores)
     torch.testing.assert_close(scores, expected)
@@ -226,9 +224,7 @@ def test_a_row_with_no_token_left_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_give_the_tokens_of_their_float32_values(dtype: torch.dtype) -> None:
     logits = logits_like(32, 300).to(dtype)
-    batch = batch_of(
-        [{"temperature": 0.0 if i % 3 else 1.0, "top_p": 0.8 + 0.2 * (i % 2), "seed": i} for i in range(32)]
-    )
+    batch = batch_of([{"temperature": 0.0 if i % 3 else 1.0, "top_p": 0.8 + 0.2 * (i % 2), "seed": i} for i in range(32)])
     assert sample(logits, batch).tolist() == sample(logits.float(), batch).tolist()
 
 
