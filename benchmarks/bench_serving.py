@@ -1,8 +1,8 @@
 """Load on a running server: open loop (a request rate) or closed loop (a number of clients), through /generate with streaming.
 
-Reports time to first token (TTFT), inter-token latency (ITL, every gap), end-to-end latency and throughput. Prompts are random token
-ids, so no tokenizer is needed and nothing hits the prefix cache by accident; `--dataset` takes lengths (and arrival times) from a JSONL
-in the form of the Mooncake traces: {"timestamp": ms, "input_length": n, "output_length": m} per line.
+Reports time to first token (TTFT), inter-token latency (ITL, every gap), end-to-end latency and throughput. Prompts are random
+token ids, so no tokenizer is needed and nothing hits the prefix cache by accident; `--dataset` takes lengths (and arrival times)
+from a JSONL in the form of the Mooncake traces: {"timestamp": ms, "input_length": n, "output_length": m} per line.
 
 Usage:
   python benchmarks/bench_serving.py --url http://127.0.0.1:30000 --num-requests 64 --concurrency 16

@@ -1,8 +1,8 @@
 """Tokens per second of the engine against HF transformers' `generate`, same checkpoint, same prompts, greedy, fp32, same threads.
 
 The physics: at small batches a decode step is bound by reading weights. One request touches top-k experts per layer, 64 requests
-nearly all of them, so a step can't be faster than (weight bytes touched) / (memory bandwidth); that floor is printed. Both sides run in
-this process, one after the other, warmed up; the engine's tokens are checked against HF's before anything is timed.
+nearly all of them, so a step can't be faster than (weight bytes touched) / (memory bandwidth); that floor is printed. Both sides
+run in this process, one after the other, warmed up; the engine's tokens are checked against HF's before anything is timed.
 
 Usage: python benchmarks/bench_vs_transformers.py [--quick] [--threads 2]
 """

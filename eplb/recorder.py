@@ -102,9 +102,7 @@ class ExpertLoadRecorder:
             domain=domain,
         )
 
-    def dump(
-        self, path: str | Path, *, model: str = "", domain: str = "", num_hidden_layers: int | None = None
-    ) -> LoadRecord:
+    def dump(self, path: str | Path, *, model: str = "", domain: str = "", num_hidden_layers: int | None = None) -> LoadRecord:
         """Write this rank's snapshot to `path` (.npz, or .pt as SGLang's; see load_record.py) and return it."""
         record = self.snapshot(model=model, domain=domain)
         record.save(path, num_hidden_layers)

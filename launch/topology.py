@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moesaic.launch.config import ServerConfig
     from rich.table import Table
+
+    from moesaic.launch.config import ServerConfig
 
 RankLists = tuple[tuple[int, ...], ...]
 
@@ -148,16 +149,24 @@ def _strided(world_size: int, stride: int) -> RankLists:
     return tuple(tuple(range(first, world_size, stride)) for first in range(stride))
 
 
+def summarize_topology(topology: Topology) -> str:
+    """The layout in one line."""
+    return (
+        f"{_count(topology.world_size, 'rank')} on {_count(topology.nnodes, 'node')}: "
+        f"DP attention {topology.dp_size} x attention TP {topology.attn_tp_size}, "
+        f"EP {topology.ep_size} x expert TP {topology.moe_tp_size}, dense TP {topology.moe_dense_tp_size}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def render_topology(topology: Topology, shape: ModelShape) -> Table:
     """The layout as a table for the terminal, one row per rank."""
     from rich.table import Table
 
-    title = (
-        f"{topology.world_size} ranks on {topology.nnodes} node{'s' if topology.nnodes > 1 else ''}: "
-        f"DP attention {topology.dp_size} x attention TP {topology.attn_tp_size}, "
-        f"EP {topology.ep_size} x expert TP {topology.moe_tp_size}, dense TP {topology.moe_dense_tp_size}"
-    )
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("rank", "node", "dp_rank", "attn_tp_rank", "ep_rank", "experts"):
         table.add_column(column, justify="right")
     for place in topology.places():

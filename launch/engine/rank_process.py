@@ -41,8 +41,8 @@ def run_rank(spec: RankSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = zmq.Context()
     activity = Activity(spec.place.rank)
-    outbox = Outbox(context, spec.from_rank_endpoint)
-    _start_heartbeat(context, spec, activity)
+    outbox = Outbox(spec.from_rank_endpoint)
+    _start_heartbeat(spec, activity)
     try:
         RankProcess(spec, context, outbox, activity).run()
     except Exception as error:
@@ -56,10 +56,11 @@ def run_rank(spec: RankSpec) -> None:
 
 
 class Outbox:
-    """A PUSH socket for messages of this rank. One per thread."""
+    """A PUSH socket for messages of this rank. One per thread; each has its own context, so that `close` can wait for it alone."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._socket = context.socket(zmq.PUSH)
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.connect(endpoint)
@@ -68,13 +69,14 @@ class Outbox:
         self._socket.send(encoder.encode(message))
 
     def close(self) -> None:
-        """Deliver what is queued, then close."""
+        """Wait until what is queued has been delivered, at most LINGER_MS."""
         self._socket.close(LINGER_MS)
+        self._context.term()
 
 
-def _start_heartbeat(context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec, activity: Activity) -> None:
+def _start_heartbeat(spec: RankSpec, activity: Activity) -> None:
     def beat() -> None:
-        outbox = Outbox(context, spec.from_rank_endpoint)
+        outbox = Outbox(spec.from_rank_endpoint)
         while True:
             operation, seconds = activity.current()
             outbox.send(Heartbeat(rank=spec.place.rank, step=activity.step, operation=operation, seconds=seconds))

@@ -239,8 +239,7 @@ class Scheduler:
             return list(self._waiting)
         window = self._waiting[:LPM_WINDOW]
         hits = {
-            sequence.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
-            for sequence in window
+            sequence.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens) for sequence in window
         }
         order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.rid]))
         return order + self._waiting[LPM_WINDOW:]

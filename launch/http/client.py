@@ -40,7 +40,12 @@ from moesaic.launch.http.sockets import RankGoneError, RankSockets
 
 logger = logging.getLogger(__name__)
 
+# A rank's error may only be the echo of another rank's death: the launcher, which sees the processes, gets this long to name it.
+BLAME_SECONDS = 0.4
+
 WATCH_INTERVAL = 0.25
+# No answer is awaited, so any id but 0 ("no command") that all ranks get will do.
+SHUTDOWN_ID = 1 << 62
 
 # What a sequence's consumer reads: its rid with what a step added, or the failure of the engine.
 Arrivals = asyncio.Queue[tuple[int, RequestOutput | EngineFailedError]]
@@ -138,7 +143,7 @@ class RankClient:
         """Ask every rank to end; no answer is awaited."""
         for rank in range(self._config.world_size):
             with contextlib.suppress(RankGoneError):
-                self._sockets.send((rank,), Control(control_id=0, command="shutdown"))
+                self._sockets.send((rank,), Control(control_id=SHUTDOWN_ID, command="shutdown"))
 
     async def close(self) -> None:
         self.drop_all("the server has ended")
@@ -270,7 +275,7 @@ class RankClient:
                 self._control.take(message)
             case RankError():
                 logger.error("%s\n%s", message.message, message.traceback)
-                self._fail(f"rank {message.rank}: {message.message}")
+                asyncio.get_running_loop().call_later(BLAME_SECONDS, self._fail, message.message)
 
     def _take_outputs(self, step: StepOutputs) -> None:
         self.last_output_at = time.monotonic()

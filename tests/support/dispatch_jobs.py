@@ -108,9 +108,7 @@ def _run(rank: int, case: DispatchCase) -> DispatchResult:
     )
 
 
-def _dispatcher(
-    rank: int, case: DispatchCase, placement: ExpertPlacement, source: int
-) -> AllGatherDispatcher | AllToAllDispatcher:
+def _dispatcher(rank: int, case: DispatchCase, placement: ExpertPlacement, source: int) -> AllGatherDispatcher | AllToAllDispatcher:
     everyone = rank_pool.group_of(tuple(range(case.world))) if case.world > 1 else None
     if case.backend == "torch":
         return AllToAllDispatcher(placement=placement, group=everyone, alignment=case.alignment)

@@ -33,7 +33,7 @@ def slow(server: HttpServer, seconds: float = 0.02) -> None:
 
 
 def report_error(server: HttpServer) -> None:
-    server.ranks[1].error = RankError(rank=1, message="out of memory in 'forward'", traceback="...")
+    server.ranks[1].error = RankError(rank=1, message="rank 1: out of memory in 'forward'", traceback="...")
 
 
 def fall_silent(server: HttpServer) -> None:

@@ -1,0 +1,73 @@
+"""The command `moesaic`: `moesaic serve ...`, `moesaic --version`.
+
+Knows which subcommand goes where and how errors look on a terminal; everything heavy is imported by the subcommand that
+needs it. Exit codes: 0 a clean stop, 1 a server that failed while running, 2 a start that was refused, 130 Ctrl-C
+before the start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from moesaic.launch.args import parse_serve
+from moesaic.launch.config import ServerConfig
+from moesaic.launch.errors import ConfigError, RankFailedError
+from moesaic.launch.version import version
+
+USAGE = """\
+usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesaic serve --help` lists the flags)
+       moesaic serve --model-path demo           serve the small model that comes with moesaic
+       moesaic --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments:
+        case ["--version" | "-V", *_]:
+            print(f"moesaic {version()}")
+            return 0
+        case ["serve", *rest]:
+            return _serve(rest)
+        case [] | ["--help" | "-h" | "help", *_]:
+            print(USAGE, end="")
+            return 0 if arguments else 2
+        case [unknown, *_]:
+            print(f"moesaic: unknown command {unknown!r}\n{USAGE}", end="", file=sys.stderr)
+            return 2
+    raise AssertionError("every argument list is matched")
+
+
+def _serve(arguments: list[str]) -> int:
+    try:
+        config = parse_serve(arguments)
+        # Before torch is loaded: its C++ side prints a page of stack frames when a peer goes away, which we say in a line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        return _load_server()(config)
+    except ConfigError as error:
+        print(f"moesaic serve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moesaic serve: interrupted before it started", file=sys.stderr)
+        return 130
+    except RankFailedError as error:
+        print(f"moesaic serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _load_server() -> Callable[[ServerConfig], int]:
+    # Importing takes seconds and swallows KeyboardInterrupt in places; there is nothing to clean up yet.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from moesaic.launch.server import serve
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return serve
+
+
+if __name__ == "__main__":
+    sys.exit(main())

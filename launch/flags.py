@@ -1,0 +1,268 @@
+"""The command line's flags as data: what belongs to `ServerConfig`, and what belongs to capabilities that are not built
+yet.
+
+Knows no parser. A flag's default is its `ServerConfig` field's default, written there once. SGLang's names and aliases
+are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+NumberT = TypeVar("NumberT", int, float)
+
+
+def positive_int(text: str) -> int:
+    """An integer >= 1."""
+    return _checked(text, int, lambda value: value >= 1, "an integer of 1 or more")
+
+
+def rank_number(text: str) -> int:
+    """An integer >= 0."""
+    return _checked(text, int, lambda value: value >= 0, "an integer of 0 or more")
+
+
+def port_number(text: str) -> int:
+    """A TCP port; 0 is refused, because nobody would know where the server listens."""
+    return _checked(text, int, lambda value: 1 <= value <= 65535, "a port in 1..65535")
+
+
+def chunk_size(text: str) -> int:
+    """A number of tokens, or -1 for prompts in one piece."""
+    return _checked(text, int, lambda value: value == -1 or value >= 1, "a number of tokens, or -1 for no chunking")
+
+
+def fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
+
+
+def address(text: str) -> str:
+    """HOST:PORT. The ports after it are used as well (see `launch/endpoints.py`)."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    port_number(port)
+    return text
+
+
+def _checked(text: str, kind: type[NumberT], legal: Callable[[NumberT], bool], wanted: str) -> NumberT:
+    value: NumberT | None = None
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if value is None or not legal(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One flag.
+
+    The first of `names` gives the ServerConfig field. `kind` None means a switch that turns the field on.
+    """
+
+    names: tuple[str, ...]
+    help: str
+    kind: Callable[[str], Any] | None = str
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+
+    @property
+    def field(self) -> str:
+        return self.names[0].removeprefix("--").replace("-", "_")
+
+
+def _flag(
+    name: str, help: str, kind: Callable[[str], Any] = str, metavar: str | None = None, aliases: tuple[str, ...] = ()
+) -> Flag:
+    return Flag(names=(name, *aliases), help=help, kind=kind, metavar=metavar or ("N" if kind is not str else None))
+
+
+def _choice(name: str, help: str, *choices: str) -> Flag:
+    return Flag(names=(name,), help=help, choices=choices)
+
+
+def _switch(name: str, help: str) -> Flag:
+    return Flag(names=(name,), help=help, kind=None)
+
+
+FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
+    "model": (
+        _flag("--model-path", "folder with config.json and *.safetensors, or `demo`", metavar="DIR", aliases=("--model",)),
+        _flag("--tokenizer-path", "folder with tokenizer.json (the model's)", metavar="DIR"),
+        _flag("--served-model-name", "the name in /v1/models (the model path)", metavar="NAME"),
+        _choice("--load-format", "dummy: random weights of the right shapes", "auto", "safetensors", "dummy"),
+        _choice(
+            "--dtype",
+            "what weights and activations compute in; auto: float32 on CPU, bfloat16 on CUDA",
+            "auto",
+            "float32",
+            "bfloat16",
+        ),
+        _choice(
+            "--quantization",
+            "fp8: W8A8 of an FP8 checkpoint; otherwise its weights are dequantised at load",
+            "auto",
+            "none",
+            "fp8",
+        ),
+        _flag("--context-length", "longest prompt + output in tokens (the model's)", positive_int),
+    ),
+    "http": (
+        _flag("--host", "address to listen on"),
+        _flag("--port", "port to listen on; a node other than 0 serves its health there", port_number),
+        _flag("--api-key", "demand `Authorization: Bearer KEY`", metavar="KEY"),
+        _switch("--enable-metrics", "serve Prometheus metrics at /metrics"),
+        _choice("--log-level", "how much to log", "debug", "info", "warning", "error"),
+        _switch("--skip-server-warmup", "don't run one token before the server says it is ready"),
+        _flag("--max-queued-requests", "requests waiting beyond this get 429 (16384)", positive_int),
+    ),
+    "parallel layout": (
+        _flag(
+            "--tp-size",
+            "all ranks of the server, on all nodes",
+            positive_int,
+            aliases=("--tp", "--tensor-parallel-size"),
+        ),
+        _flag("--dp-size", "DP ranks: attention TP is tp / dp", positive_int, aliases=("--dp", "--data-parallel-size")),
+        _flag(
+            "--ep-size",
+            "expert-parallel ranks; tp with an all-to-all backend",
+            positive_int,
+            aliases=("--ep", "--expert-parallel-size", "--moe-ep-size"),
+        ),
+        _switch("--enable-dp-attention", "attention in dp groups, each with its own scheduler and cache"),
+        _switch("--enable-dp-lm-head", "a whole or attention-TP head per DP rank"),
+        _flag("--moe-dense-tp-size", "ranks that share a dense layer: 1, or attention TP (default)", positive_int),
+        _flag("--nnodes", "machines that form the server", positive_int),
+        _flag("--node-rank", "which of them this is; 0 serves HTTP", rank_number),
+        _flag("--dist-init-addr", "where the nodes meet, on node 0; the same on all", address, metavar="HOST:PORT"),
+        _flag(
+            "--dist-timeout",
+            "deadline of the nodes' meeting and of collectives, in seconds",
+            positive_int,
+            metavar="SECONDS",
+        ),
+        _choice(
+            "--load-balance-method",
+            "how DP ranks are chosen; auto: total_tokens",
+            "auto",
+            "round_robin",
+            "total_tokens",
+            "total_requests",
+        ),
+    ),
+    "experts": (
+        _choice(
+            "--moe-a2a-backend",
+            "how tokens reach their experts; none: all-gather and reduce-scatter",
+            "none",
+            "torch",
+            "deepep",
+        ),
+        _choice("--moe-runner-backend", "what computes the experts", "auto", "torch"),
+        _choice(
+            "--deepep-mode",
+            "dispatch mode; auto: normal if any rank prefills, else low_latency",
+            "auto",
+            "normal",
+            "low_latency",
+        ),
+        _flag(
+            "--deepep-max-dispatch-tokens-per-rank",
+            "most tokens a rank may bring into a low-latency step",
+            positive_int,
+        ),
+    ),
+    "memory and scheduling": (
+        _flag(
+            "--mem-fraction-static",
+            "share of memory for weights and KV cache (0.5 CPU, 0.85 CUDA)",
+            fraction,
+            metavar="F",
+        ),
+        _flag("--max-running-requests", "requests decoding at once, on the whole server (256 per DP rank)", positive_int),
+        _flag("--max-total-tokens", "KV cache tokens per DP rank (what the memory fraction leaves)", positive_int),
+        _flag("--chunked-prefill-size", "prompt tokens per step, on the whole server; -1: whole prompts", chunk_size),
+        _flag("--max-prefill-tokens", "prompt tokens that one DP rank admits in one step", positive_int),
+        _flag("--page-size", "KV cache tokens per page (16 CPU, 64 CUDA)", positive_int),
+        _choice("--schedule-policy", "order of admission; lpm: longest cached prefix first", "fcfs", "lpm"),
+        _switch("--disable-radix-cache", "no prefix cache"),
+        _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
+        _switch("--disable-overlap-schedule", "accept that scheduling does not overlap the model (it does not yet)"),
+        _switch("--disable-cuda-graph", "accept that no CUDA graphs are used (they are not yet)"),
+    ),
+    "device and process": (
+        _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
+        _choice("--attention-backend", "what computes attention", "auto", "torch"),
+        _flag("--num-threads", "CPU threads per rank (cores / ranks of this node)", positive_int),
+        _flag("--random-seed", "seed of dummy weights (0)", rank_number),
+        _flag(
+            "--watchdog-timeout",
+            "a rank in one operation for longer is unhealthy, in seconds",
+            positive_int,
+            metavar="SECONDS",
+        ),
+        _switch("--strict", "refuse to start when any capability would be downgraded automatically"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterFlag:
+    """A flag of a capability that is not built yet.
+
+    `off` are the values that ask for nothing; None: a switch, off by absence.
+    """
+
+    name: str
+    capability: str
+    off: tuple[str, ...] | None
+
+
+def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag, ...]:
+    return tuple(LaterFlag(name="--" + name.replace("_", "-"), capability=capability, off=off) for name, off in flags.items())
+
+
+# SGLang's defaults count as off, so that a script that spells them out keeps working.
+LATER_FLAGS: tuple[LaterFlag, ...] = (
+    *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
+    *_later("DeepEP", deepep_config=()),
+    *_later(
+        "expert rebalancing (EPLB)",
+        enable_eplb=None,
+        ep_num_redundant_experts=("0",),
+        ep_dispatch_algorithm=(),
+        init_expert_location=("trivial",),
+        eplb_algorithm=("auto",),
+        eplb_rebalance_num_iterations=("1000",),
+        eplb_rebalance_layers_per_chunk=(),
+        eplb_min_rebalancing_utilization_threshold=("1.0", "1"),
+        expert_distribution_recorder_mode=(),
+        expert_distribution_recorder_buffer_size=(),
+        expert_balancedness_report_mode=("off",),
+    ),
+    *_later(
+        "two-batch overlap",
+        enable_two_batch_overlap=None,
+        enable_single_batch_overlap=None,
+        tbo_token_distribution_threshold=("0.48",),
+    ),
+    *_later(
+        "prefill/decode disaggregation",
+        disaggregation_mode=("null",),
+        disaggregation_transfer_backend=(),
+        disaggregation_bootstrap_port=("8998",),
+        disaggregation_ib_device=(),
+        num_reserved_decode_tokens=("512",),
+    ),
+    *_later("hierarchical cache", enable_hierarchical_cache=None),
+    *_later("CUDA graphs", cuda_graph_max_bs=(), cuda_graph_bs=()),
+    *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
+    *_later("deterministic logits", deterministic=None),
+)

@@ -1,0 +1,236 @@
+"""Turns what was asked for into what will run: every "auto" is settled here, once, and each choice is a row of the
+report.
+
+A pure function of the flags, the model's numbers and the machine's numbers. Knows no process and imports no backend. A
+choice the user made and that cannot run is a ConfigError; a choice left to us that had to settle for less is a
+downgrade (`launch/report.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
+from moesaic.launch.conflicts import Conflict, refuse
+from moesaic.launch.dispatch_limits import dispatch_conflicts
+from moesaic.launch.errors import ConfigError
+from moesaic.launch.hardware import Hardware
+from moesaic.launch.layout_rules import layout_conflicts
+from moesaic.launch.model_rules import model_conflicts
+from moesaic.launch.report import Choice, refuse_downgrades
+from moesaic.launch.topology import ModelShape, Topology
+
+NOT_BUILT = "not built yet"
+MAX_RUNNING_REQUESTS_PER_DP = 256
+# Half of the default low-latency cap; the other half is left to prefill.
+LOW_LATENCY_RUNNING_REQUESTS_PER_DP = 64
+CHUNKED_PREFILL_TOKENS_PER_DP = {"cpu": 1024, "cuda": 4096}
+PAGE_SIZE = {"cpu": 16, "cuda": 64}
+MEM_FRACTION = {"cpu": 0.5, "cuda": 0.85}
+MAX_QUEUED_REQUESTS = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """The outcome: what runs, where, and why."""
+
+    config: ResolvedConfig
+    topology: Topology
+    choices: tuple[Choice, ...]
+
+
+def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Resolution:
+    """Check the layout, settle every choice, check again what depends on the settled sizes, and apply `--strict`."""
+    refuse(layout_conflicts(config))
+    refuse(model_conflicts(config, shape))
+    topology = Topology.from_config(config)
+    device, device_choice = _resolve_device(config, topology, hardware)
+    dtype, dtype_choice = _resolve_dtype(config, device)
+    quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
+    mode, mode_choice = _resolve_dispatch(config)
+    resolved = ResolvedConfig(
+        model_path=config.model_path,
+        load_format="safetensors" if config.load_format == "auto" else config.load_format,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        context_length=_context_length(config, shape),
+        communication_backend="gloo" if device == "cpu" else "nccl",
+        attention_backend="torch",
+        moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
+        moe_runner_backend="torch",
+        dispatch_mode=mode,
+        max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
+        enable_dp_lm_head=config.enable_dp_lm_head,
+        mem_fraction_static=config.mem_fraction_static or MEM_FRACTION[device],
+        max_running_requests_per_dp=_running_requests_per_dp(config, mode),
+        max_total_tokens=config.max_total_tokens,
+        chunked_prefill_tokens_per_dp=_chunk_tokens_per_dp(config, shape, device),
+        max_prefill_tokens=config.max_prefill_tokens,
+        page_size=config.page_size or PAGE_SIZE[device],
+        schedule_policy=config.schedule_policy,
+        enable_prefix_cache=not config.disable_radix_cache,
+        num_threads=config.num_threads or max(1, hardware.num_cores // topology.ranks_per_node),
+        random_seed=config.random_seed or 0,
+        dist_timeout=config.dist_timeout,
+        watchdog_timeout=config.watchdog_timeout,
+        load_balance_method="total_tokens" if config.load_balance_method == "auto" else config.load_balance_method,
+        max_queued_requests=config.max_queued_requests or MAX_QUEUED_REQUESTS,
+        log_level=config.log_level,
+    )
+    refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
+    choices = (
+        device_choice,
+        dtype_choice,
+        Choice(capability="communication", chosen=resolved.communication_backend),
+        _kernel_choice("attention backend", "--attention-backend torch", config.attention_backend, device),
+        mode_choice,
+        _kernel_choice("expert runner", "--moe-runner-backend torch", config.moe_runner_backend, device),
+        quantization_choice,
+        _prefix_cache_choice(config),
+        _graph_choice(config, device),
+        _overlap_choice(config, device),
+    )
+    if config.strict:
+        refuse_downgrades(choices)
+    return Resolution(config=resolved, topology=topology, choices=choices)
+
+
+def _resolve_device(config: ServerConfig, topology: Topology, hardware: Hardware) -> tuple[DeviceName, Choice]:
+    if config.device == "cpu":
+        return "cpu", Choice(capability="device", chosen=f"cpu ({hardware.num_cores} cores)")
+    wanted = topology.ranks_per_node
+    reason = hardware.cuda_missing
+    if 0 < hardware.num_cuda_devices < wanted:
+        reason = f"{wanted} ranks per node, and torch sees {hardware.num_cuda_devices} CUDA devices"
+    if hardware.num_cuda_devices >= wanted:
+        return "cuda", Choice(capability="device", chosen=f"cuda ({hardware.num_cuda_devices} devices)")
+    if config.device == "cuda":
+        raise ConfigError(f"--device cuda: {reason}; use --device cpu, or install a CUDA build of torch on a machine with GPUs")
+    chosen = f"cpu ({hardware.num_cores} cores)"
+    return "cpu", Choice(capability="device", chosen=chosen, refused=(("cuda", reason),), downgrade=True, accept="--device cpu")
+
+
+def _resolve_dtype(config: ServerConfig, device: DeviceName) -> tuple[DTypeName, Choice]:
+    if config.dtype != "auto":
+        return config.dtype, Choice(capability="dtype", chosen=config.dtype)
+    if device == "cuda":
+        return "bfloat16", Choice(capability="dtype", chosen="bfloat16")
+    # Not a downgrade: float32 is the more exact of the two, and the faster one on most CPUs.
+    return "float32", Choice(capability="dtype", chosen="float32", refused=(("bfloat16", "slower than float32 on most CPUs"),))
+
+
+def _resolve_quantization(
+    config: ServerConfig, shape: ModelShape, device: DeviceName, dtype: DTypeName
+) -> tuple[Literal["none", "fp8"], Choice]:
+    if config.quantization == "fp8":
+        if not shape.fp8_checkpoint:
+            raise ConfigError(
+                "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
+                "blocks); leave --quantization out, or take an FP8 checkpoint"
+            )
+        how = "FP8 weights, activations per token and 128 channels" + (", simulated" if device == "cpu" else "")
+        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: {how}")
+    if not shape.fp8_checkpoint:
+        return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
+    # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
+    return "none", Choice(
+        capability="quantisation",
+        chosen=f"FP8 weights dequantised to {dtype} at load",
+        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else f"FP8 GEMM kernels {NOT_BUILT}"),),
+        downgrade=device == "cuda" and config.quantization == "auto",
+        accept="--quantization none",
+    )
+
+
+def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
+    if config.moe_a2a_backend == "deepep":
+        raise ConfigError(f"--moe-a2a-backend deepep: {NOT_BUILT}; use --moe-a2a-backend torch")
+    if config.moe_a2a_backend == "none":
+        # The low-latency layout would fix sizes for a communication that has none to save: only on explicit demand.
+        mode: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
+        return mode, Choice(capability="dispatch", chosen=f"none (all-gather, reduce-scatter), mode {mode}")
+    mode = config.deepep_mode
+    rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
+    refused = (("deepep", NOT_BUILT),)
+    return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
+
+
+def _kernel_choice(capability: str, accept: str, asked: str, device: DeviceName) -> Choice:
+    """Attention and experts: only the torch implementation exists, which on a GPU is less than one may expect."""
+    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
+    downgrade = device == "cuda" and asked == "auto"
+    return Choice(capability=capability, chosen="torch", refused=(("device kernels", reason),), downgrade=downgrade, accept=accept)
+
+
+def _prefix_cache_choice(config: ServerConfig) -> Choice:
+    if config.disable_radix_cache:
+        return Choice(capability="prefix cache", chosen="off", refused=(("radix", "--disable-radix-cache"),))
+    return Choice(capability="prefix cache", chosen=f"radix, {config.radix_eviction_policy}, per DP rank")
+
+
+def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    if config.disable_cuda_graph:
+        return Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
+    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
+    return Choice(
+        capability="CUDA graphs",
+        chosen="off",
+        refused=(("on", reason),),
+        downgrade=device == "cuda",
+        accept="--disable-cuda-graph",
+    )
+
+
+def _overlap_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    if config.disable_overlap_schedule:
+        return Choice(capability="overlap schedule", chosen="off", refused=(("on", "--disable-overlap-schedule"),))
+    # On a CPU the scheduler and the model share the cores: there is nothing to hide the one behind.
+    return Choice(
+        capability="overlap schedule",
+        chosen="off",
+        refused=(("on", NOT_BUILT),),
+        downgrade=device == "cuda",
+        accept="--disable-overlap-schedule",
+    )
+
+
+def _context_length(config: ServerConfig, shape: ModelShape) -> int:
+    if config.context_length is not None and config.context_length > shape.context_length:
+        raise ConfigError(
+            f"--context-length {config.context_length}: the model reaches {shape.context_length} tokens "
+            f"(max_position_embeddings); use --context-length {shape.context_length} or less"
+        )
+    return config.context_length or shape.context_length
+
+
+def _running_requests_per_dp(config: ServerConfig, mode: DispatchMode) -> int:
+    if config.max_running_requests is not None:
+        return max(1, config.max_running_requests // config.dp_size)
+    return LOW_LATENCY_RUNNING_REQUESTS_PER_DP if mode == "low_latency" else MAX_RUNNING_REQUESTS_PER_DP
+
+
+def _chunk_tokens_per_dp(config: ServerConfig, shape: ModelShape, device: DeviceName) -> int:
+    """-1 turns chunking off: a chunk may be as long as a prompt can be."""
+    if config.chunked_prefill_size == -1:
+        return _context_length(config, shape)
+    if config.chunked_prefill_size is not None:
+        return max(1, config.chunked_prefill_size // config.dp_size)
+    return CHUNKED_PREFILL_TOKENS_PER_DP[device]
+
+
+def _size_conflicts(config: ServerConfig) -> Iterator[Conflict]:
+    """Server-wide sizes that leave a DP rank with nothing."""
+    sizes = {
+        "--max-running-requests": config.max_running_requests,
+        "--chunked-prefill-size": config.chunked_prefill_size,
+    }
+    for flag, value in sizes.items():
+        if value is not None and 0 < value < config.dp_size:
+            yield Conflict(
+                flags=f"{flag} {value} --dp-size {config.dp_size}",
+                reason="the value counts for the whole server and is shared among the DP ranks",
+                remedy=f"{flag} {config.dp_size} or more",
+            )

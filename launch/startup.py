@@ -1,0 +1,124 @@
+"""From flags to everything a server needs to know before its first process: model read, layout checked, choices made.
+
+Knows files and flags; starts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moesaic.launch.args import resolve_model_path
+from moesaic.launch.config import ServerConfig
+from moesaic.launch.errors import ConfigError
+from moesaic.launch.hardware import detect_hardware
+from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
+from moesaic.launch.resolution import Resolution, resolve
+from moesaic.launch.topology import ModelShape
+from moesaic.launch.version import version
+
+# These may differ from node to node. Everything else shapes what the ranks do together.
+NODE_LOCAL_FLAGS = frozenset(
+    {
+        *("node_rank", "host", "port", "api_key", "log_level", "num_threads", "strict", "enable_metrics", "device"),
+        *("model_path", "tokenizer_path", "served_model_name", "skip_server_warmup", "max_queued_requests"),
+        "watchdog_timeout",
+    }
+)
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will run. `eos_token_ids` and `default_sampling` also come from generation_config.json."""
+
+    config: ServerConfig
+    model: ModelConfig
+    shape: ModelShape
+    resolution: Resolution
+    eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, object]
+
+    @property
+    def served_model_name(self) -> str:
+        if self.config.served_model_name is None and self.config.model_path == resolve_model_path("demo"):
+            return "demo"
+        return self.config.served_model_name or self.config.model_path
+
+
+def make_plan(config: ServerConfig) -> Plan:
+    """Read the model's configuration and settle everything. Raises ConfigError."""
+    try:
+        model = load_model_config(config.model_path)
+    except ModelConfigError as error:
+        raise ConfigError(f"--model-path {config.model_path}: {error}") from None
+    shape = model_shape(model)
+    resolution = resolve(config, shape, detect_hardware(config.device))
+    generation = _generation_config(Path(config.model_path))
+    return Plan(
+        config=config,
+        model=model,
+        shape=shape,
+        resolution=resolution,
+        eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
+        default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
+    )
+
+
+def model_shape(model: ModelConfig) -> ModelShape:
+    """The numbers a layout depends on."""
+    return ModelShape(
+        num_heads=model.num_attention_heads,
+        num_experts=model.n_routed_experts,
+        moe_intermediate_size=model.moe_intermediate_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        context_length=model.max_position_embeddings,
+        num_shared_experts=model.n_shared_experts,
+        v_head_dim=model.v_head_dim,
+        fp8_checkpoint=model.fp8_block is not None,
+    )
+
+
+def shared_settings(plan: Plan) -> dict[str, str]:
+    """What must be the same on every node, by the name a person knows it by."""
+    import torch
+
+    flags = {
+        "--" + name.replace("_", "-"): "not given" if value is None else str(value)
+        for name, value in asdict(plan.config).items()
+        if name not in NODE_LOCAL_FLAGS
+    }
+    raw = (Path(plan.config.model_path) / "config.json").read_bytes()
+    return {
+        **flags,
+        "the device (--device)": plan.resolution.config.device,
+        "config.json of --model-path (sha256)": hashlib.sha256(raw).hexdigest()[:16],
+        "moesaic version": version(),
+        "torch version": torch.__version__,
+        "Python version": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+def _generation_config(folder: Path) -> dict[str, object]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not an object")
+    # do_sample false is how transformers says "greedy", whatever the temperature beside it.
+    return content if content.get("do_sample", True) else content | {"temperature": 0.0}
+
+
+def _token_ids(value: object) -> list[int]:
+    if isinstance(value, list):
+        return [int(token) for token in value]
+    return [value] if isinstance(value, int) else []

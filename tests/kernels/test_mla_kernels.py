@@ -1,0 +1,101 @@
+"""MLA's two forms against attention written out in float64."""
+
+from __future__ import annotations
+
+import importlib
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moesaic.kernels.mla_decode import mla_decode
+from moesaic.kernels.mla_prefill import QUERY_BLOCK, mla_prefill
+
+prefill_module = importlib.import_module("moesaic.kernels.mla_prefill")
+
+
+def _causal64(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The queries are the last of the positions: one masked softmax over everything."""
+    num_queries, length = query.shape[1], key.shape[1]
+    scores = query.double() @ key.double().transpose(1, 2) * scale
+    last_visible = torch.arange(length - num_queries, length).unsqueeze(1)
+    scores = scores.masked_fill(torch.arange(length) > last_visible, float("-inf"))
+    return scores.softmax(-1) @ value.double()
+
+
+def _qkv(heads: int, num_queries: int, prefix: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    length = prefix + num_queries
+    return (
+        torch.randn(heads, num_queries, 6, generator=generator),
+        torch.randn(heads, length, 6, generator=generator),
+        torch.randn(heads, length, 4, generator=generator),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    num_queries=st.integers(1, 20),
+    prefix=st.integers(0, 20),
+    block=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_prefill_equals_masked_softmax_for_any_prefix_and_query_block(
+    heads: int, num_queries: int, prefix: int, block: int, seed: int
+) -> None:
+    query, key, value = _qkv(heads, num_queries, prefix, seed)
+    with patch.object(prefill_module, "QUERY_BLOCK", block):
+        out = mla_prefill(query, key, value, scale=0.4)
+    torch.testing.assert_close(out.double(), _causal64(query, key, value, 0.4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [0, 37])
+def test_prefill_longer_than_the_real_query_block(prefix: int) -> None:
+    query, key, value = _qkv(2, QUERY_BLOCK + 11, prefix)
+    out = mla_prefill(query, key, value, scale=0.4)
+    torch.testing.assert_close(out.double(), _causal64(query, key, value, 0.4), rtol=1e-4, atol=1e-5)
+
+
+def test_prefill_of_no_queries_gives_no_rows() -> None:
+    query, key, value = _qkv(2, 0, 5)
+    assert mla_prefill(query, key, value, scale=1.0).shape == (2, 0, 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 17), min_size=1, max_size=5),
+    heads=st.integers(1, 4),
+    spare=st.integers(0, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_absorbed_decode_equals_materialised_attention(lengths: list[int], heads: int, spare: int, seed: int) -> None:
+    nope, rope, rank, value_dim = 6, 4, 8, 5
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + spare
+    query = torch.randn(len(lengths), heads, nope + rope, generator=generator)
+    latent = torch.randn(len(lengths), width, rank + rope, generator=generator)
+    key_up = torch.randn(heads, nope, rank, generator=generator)
+    value_up = torch.randn(heads, value_dim, rank, generator=generator)
+    past_end = torch.arange(width) >= torch.tensor(lengths).unsqueeze(1)
+    latent[past_end] = 1e4
+    bias = torch.zeros(len(lengths), 1, width).masked_fill(past_end.unsqueeze(1), float("-inf"))
+
+    absorbed = torch.cat([torch.einsum("bhn,hnr->bhr", query[..., :nope], key_up), query[..., nope:]], dim=-1)
+    attended = mla_decode(absorbed, latent, bias, value_dim=rank, scale=0.3)
+    out = torch.einsum("bhr,hvr->bhv", attended, value_up)
+
+    for row, length in enumerate(lengths):
+        context, position = latent[row, :length].double().split([rank, rope], dim=-1)
+        key = torch.cat([torch.einsum("lr,hnr->hln", context, key_up.double()), position.expand(heads, -1, -1)], dim=-1)
+        value = torch.einsum("lr,hvr->hlv", context, value_up.double())
+        expected = _causal64(query[row].unsqueeze(1), key, value, 0.3)[:, 0]
+        torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_of_no_sequences_gives_no_rows() -> None:
+    out = mla_decode(torch.empty(0, 2, 6), torch.empty(0, 8, 6), torch.empty(0, 1, 8), value_dim=4, scale=1.0)
+    assert out.shape == (0, 2, 4)

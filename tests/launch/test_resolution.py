@@ -1,0 +1,199 @@
+"""Every "auto" is settled once, every lesser choice is named, and --strict allows none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from moesaic.launch.config import ResolvedConfig, ServerConfig
+from moesaic.launch.errors import ConfigError
+from moesaic.launch.hardware import Hardware
+from moesaic.launch.report import report_rows
+from moesaic.launch.resolution import Resolution, resolve
+from moesaic.launch.topology import ModelShape
+
+SHAPE = ModelShape(
+    num_heads=8,
+    num_experts=16,
+    moe_intermediate_size=128,
+    intermediate_size=256,
+    vocab_size=512,
+    context_length=1024,
+)
+FP8_SHAPE = ModelShape(
+    num_heads=8,
+    num_experts=16,
+    moe_intermediate_size=128,
+    intermediate_size=256,
+    vocab_size=512,
+    context_length=1024,
+    fp8_checkpoint=True,
+)
+LAPTOP = Hardware(num_cores=8)
+GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8)
+DP2: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": "torch"}
+
+
+def settle(shape: ModelShape = SHAPE, hardware: Hardware = LAPTOP, **flags: Any) -> Resolution:
+    return resolve(ServerConfig(model_path="m", **flags), shape, hardware)
+
+
+def row(resolution: Resolution, capability: str) -> dict[str, Any]:
+    return next(row for row in report_rows(resolution.choices) if row["capability"] == capability)
+
+
+@pytest.mark.parametrize("hardware", [LAPTOP, GPU_BOX])
+def test_nothing_is_left_to_choose(hardware: Hardware) -> None:
+    config = settle(hardware=hardware).config
+
+    unsettled = {field.name for field in fields(ResolvedConfig) if getattr(config, field.name) in ("auto", None)}
+    # What memory leaves is known to the ranks alone.
+    assert unsettled == {"max_total_tokens"}
+
+
+def test_a_laptop_computes_in_float32_over_gloo() -> None:
+    config = settle(**DP2).config
+
+    assert (config.device, config.dtype, config.communication_backend) == ("cpu", "float32", "gloo")
+    assert (config.page_size, config.num_threads) == (16, 4)
+
+
+def test_a_gpu_box_computes_in_bfloat16_over_nccl() -> None:
+    config = settle(hardware=GPU_BOX, **DP2).config
+
+    assert (config.device, config.dtype, config.communication_backend) == ("cuda", "bfloat16", "nccl")
+    assert config.page_size == 64
+
+
+def test_explicit_values_are_kept() -> None:
+    config = settle(dtype="bfloat16", page_size=4, num_threads=3, context_length=100, random_seed=7).config
+
+    assert (config.dtype, config.page_size, config.num_threads) == ("bfloat16", 4, 3)
+    assert (config.context_length, config.random_seed) == (100, 7)
+
+
+def test_server_wide_sizes_are_shared_among_dp_ranks() -> None:
+    config = settle(**DP2, max_running_requests=64, chunked_prefill_size=512).config
+
+    assert config.max_running_requests_per_dp == 32
+    assert config.chunked_prefill_tokens_per_dp == 256
+    assert settle(chunked_prefill_size=-1).config.chunked_prefill_tokens_per_dp == SHAPE.context_length
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "settled"),
+    [
+        ("none", "auto", "normal"),
+        ("none", "normal", "normal"),
+        ("torch", "auto", "auto"),
+        ("torch", "normal", "normal"),
+    ],
+)
+def test_the_dispatch_mode(backend: str, mode: str, settled: str) -> None:
+    resolution = settle(moe_a2a_backend=backend, deepep_mode=mode)
+
+    assert resolution.config.dispatch_mode == settled
+    assert f"mode {settled}" in row(resolution, "dispatch")["chosen"]
+
+
+@pytest.mark.parametrize("backend", ["none", "torch"])
+def test_low_latency_is_refused_while_a_step_may_exceed_its_cap(backend: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settle(moe_a2a_backend=backend, deepep_mode="low_latency")
+
+    message = str(caught.value)
+    assert "--deepep-max-dispatch-tokens-per-rank 128" in message
+    assert "two ways out: --deepep-mode auto" in message
+
+
+def test_both_ways_out_of_the_low_latency_conflict_work() -> None:
+    flags: dict[str, Any] = {**DP2, "deepep_mode": "low_latency"}
+
+    settle(**flags | {"deepep_mode": "auto"})
+    # As the message proposes: 64 running requests per DP rank leave room for 64 tokens each.
+    assert settle(**flags, chunked_prefill_size=128).config.dispatch_mode == "low_latency"
+    settle(**flags, deepep_max_dispatch_tokens_per_rank=1088)
+
+
+def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
+    flags: dict[str, Any] = {"tp_size": 4, "deepep_mode": "low_latency", "max_running_requests": 100}
+
+    settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=412)
+    with pytest.raises(ConfigError):
+        settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=413)
+    with pytest.raises(ConfigError):
+        settle(**flags, moe_a2a_backend="none", chunked_prefill_size=412)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep: not built yet"),
+        ({"device": "cuda"}, "--device cuda: torch sees no CUDA device"),
+        ({"quantization": "fp8"}, "--quantization fp8: the checkpoint is not FP8"),
+        ({"context_length": 2000}, "--context-length 2000: the model reaches 1024"),
+        ({**DP2, "max_running_requests": 1}, "--max-running-requests 1 --dp-size 2"),
+        ({"tp_size": 3}, "8 attention heads"),
+    ],
+)
+def test_what_was_asked_for_and_cannot_run_is_refused(flags: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settle(**flags)
+
+    assert wanted in str(caught.value)
+
+
+def test_falling_back_to_the_cpu_is_a_downgrade_that_strict_refuses() -> None:
+    missing = Hardware(num_cores=8, cuda_missing="torch 2.13.0 is a CPU build")
+
+    device = row(settle(hardware=missing), "device")
+
+    assert device["automatic_downgrade"] is True
+    assert device["refused"] == [{"candidate": "cuda", "reason": "torch 2.13.0 is a CPU build"}]
+    with pytest.raises(ConfigError, match=r"device: cuda refused .* to accept it: --device cpu"):
+        settle(hardware=missing, strict=True)
+
+
+def test_strict_accepts_choices_that_were_written_down() -> None:
+    settle(strict=True, device="cpu")
+    flags = {"attention_backend": "torch", "moe_runner_backend": "torch"}
+    switches = {"disable_cuda_graph": True, "disable_overlap_schedule": True}
+    settle(strict=True, hardware=GPU_BOX, **flags, **switches)
+
+
+def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        settle(FP8_SHAPE, strict=True, hardware=GPU_BOX)
+
+    lines = str(caught.value).splitlines()
+    accepted = [line.rpartition("to accept it: ")[2] for line in lines[1:]]
+    assert accepted == [
+        "--attention-backend torch",
+        "--moe-runner-backend torch",
+        "--quantization none",
+        "--disable-cuda-graph",
+        "--disable-overlap-schedule",
+    ]
+
+
+def test_too_few_gpus_are_named() -> None:
+    with pytest.raises(ConfigError, match="4 ranks per node, and torch sees 2 CUDA devices"):
+        settle(hardware=Hardware(num_cores=8, num_cuda_devices=2), tp_size=4, device="cuda")
+
+
+def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
+    assert settle(FP8_SHAPE).config.quantization == "none"
+    assert "dequantised to float32" in row(settle(FP8_SHAPE), "quantisation")["chosen"]
+    assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"
+
+
+def test_the_report_is_json_and_names_every_capability_once() -> None:
+    rows = report_rows(settle(**DP2).choices)
+
+    assert json.loads(json.dumps(rows)) == rows
+    names = [row["capability"] for row in rows]
+    assert len(names) == len(set(names))
+    assert {"attention backend", "dispatch", "expert runner", "quantisation", "CUDA graphs", "prefix cache"} <= set(names)
