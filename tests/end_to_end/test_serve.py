@@ -8,14 +8,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from http_server import wait_for, write_tokenizer
+from http_server import wait_for
 from live_server import LiveServer, free_port, is_alive
 from openai import OpenAI
 from tiny_models import TinyModel
@@ -23,19 +22,6 @@ from tiny_models import TinyModel
 from moesaic.eplb.load_record import load
 
 DP2 = ("--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-a2a-backend", "torch", "--max-total-tokens", "2048")
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Callable[..., TinyModel]) -> TinyModel:
-    made = tiny("plain", vocab_size=512)
-    write_tokenizer(made.folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def server(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with LiveServer(model.folder, tmp_path_factory.mktemp("serve") / "log", *DP2) as running:
-        yield running
 
 
 def _generate(client: httpx.Client, prompt: list[int], num_tokens: int, **options: Any) -> dict[str, Any]:

@@ -6,17 +6,14 @@ Its Prometheus exporter and its log go to free ports and to a file; each policy 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from http_server import HttpServer, wait_for
+from router_process import router
 
 pytest.importorskip("sglang_router", reason="sglang-router is not installed (extra: router)")
 
@@ -27,40 +24,6 @@ POLICIES = ["round_robin", "cache_aware", "power_of_two"]
 def workers(model_path: Path) -> Iterator[list[HttpServer]]:
     with HttpServer(model_path, dp_size=2) as first, HttpServer(model_path, dp_size=2) as second:
         yield [first, second]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def router(workers: list[HttpServer], log: Path, *flags: str) -> Iterator[httpx.Client]:
-    """A client of a router that has accepted all workers."""
-    port = _free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", *(worker.url for worker in workers), "--prometheus-port", str(_free_port())]
-    command += ["--worker-startup-check-interval", "1", *flags]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-                wait_for(lambda: _serves(client, process, log), 30)
-                yield client
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _serves(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> bool:
-    assert process.poll() is None, log.read_text()[-2000:]
-    try:
-        return len(client.get("/workers").json()["workers"]) >= 2 and client.get("/readiness").status_code == 200
-    except (httpx.TransportError, ValueError, KeyError):
-        return False
 
 
 def _counts(workers: list[HttpServer]) -> list[int]:
