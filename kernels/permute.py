@@ -14,33 +14,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RowMap:
-    """Where each choice of each token lies among the expert rows.
+    """Where each choice of each token lies among the expert rows, and the way there.
 
-    row int64 [T, K] (0 where the choice is -1), valid bool [T, K], counts int64 [E], num_rows of the layout.
+    row int64 [T, K] (meaningless where the choice lies elsewhere), elsewhere bool [T, K] (None: no choice does), counts int64 [E],
+    num_rows of the layout. Token tokens[i] goes to row targets[i], or, without `targets`, to row i.
     """
 
     row: Tensor
-    valid: Tensor
+    elsewhere: Tensor | None
     counts: Tensor
     num_rows: int
+    tokens: Tensor
+    targets: Tensor | None
 
-
-def _ranks_within_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(position of each valid choice among its expert's rows [n], its expert [n], counts [E]); n choices in token order."""
-    experts = topk_ids[topk_ids >= 0]
-    counts = torch.bincount(experts, minlength=num_experts)
-    order = torch.argsort(experts, stable=True)
-    starts = counts.cumsum(0) - counts
-    position = torch.empty_like(experts)
-    position[order] = torch.arange(experts.numel(), device=experts.device) - starts[experts[order]]
-    return position, experts, counts
-
-
-def _map(topk_ids: Tensor, rows: Tensor, counts: Tensor, num_rows: int) -> RowMap:
-    valid = topk_ids >= 0
-    row = torch.zeros_like(topk_ids)
-    row[valid] = rows
-    return RowMap(row=row, valid=valid, counts=counts, num_rows=num_rows)
+    @property
+    def valid(self) -> Tensor:
+        """bool [T, K]: the choice lies here."""
+        return torch.ones_like(self.row, dtype=torch.bool) if self.elsewhere is None else ~self.elsewhere
 
 
 def contiguous_map(topk_ids: Tensor, num_experts: int, alignment: int) -> tuple[RowMap, list[int]]:
@@ -48,33 +38,70 @@ def contiguous_map(topk_ids: Tensor, num_experts: int, alignment: int) -> tuple[
 
     The padded counts are on the CPU: this layout is for callers that may wait.
     """
-    position, experts, counts = _ranks_within_expert(topk_ids, num_experts)
-    padded = (counts + alignment - 1) // alignment * alignment
-    starts = padded.cumsum(0) - padded
-    padded_counts = padded.tolist()
-    return _map(topk_ids, starts[experts] + position, counts, sum(padded_counts)), padded_counts
+    flat = topk_ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    num_elsewhere, *counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
+    here = order[num_elsewhere:]
+    padded = [-(-count // alignment) * alignment for count in counts]
+    targets = None if alignment == 1 else _padded_rows(counts, padded, flat.device)
+    row = torch.zeros_like(flat)
+    row[here] = torch.arange(len(here), device=flat.device) if targets is None else targets
+    row_map = RowMap(
+        row=row.view_as(topk_ids),
+        elsewhere=topk_ids < 0 if num_elsewhere else None,
+        counts=torch.tensor(counts, device=flat.device),
+        num_rows=sum(padded),
+        tokens=here.div(topk_ids.shape[1], rounding_mode="floor"),
+        targets=targets,
+    )
+    return row_map, padded
+
+
+def _padded_rows(counts: list[int], padded: list[int], device: torch.device) -> Tensor:
+    """The rows that are used when each expert's block is padded, in order."""
+    used, room = torch.tensor(counts), torch.tensor(padded)
+    gaps = (room - used).cumsum(0) - (room - used)
+    return (torch.arange(sum(counts)) + gaps.repeat_interleave(used)).to(device)
 
 
 def masked_map(topk_ids: Tensor, num_experts: int, rows_per_expert: int) -> RowMap:
-    """Rows [E, rows_per_expert], each expert's valid rows first. No value leaves the device."""
-    position, experts, counts = _ranks_within_expert(topk_ids, num_experts)
-    return _map(topk_ids, experts * rows_per_expert + position, counts, num_experts * rows_per_expert)
+    """Rows [E, rows_per_expert], each expert's valid rows first. No value leaves the device and no shape depends on one."""
+    flat = topk_ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat + 1, torch.ones_like(flat))
+    expert = flat[order]
+    position = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[expert + 1]
+    num_rows = num_experts * rows_per_expert
+    targets = torch.where(expert >= 0, expert * rows_per_expert + position, num_rows)  # choices elsewhere: a row past the end
+    return RowMap(
+        row=torch.empty_like(flat).index_copy_(0, order, targets).view_as(topk_ids),
+        elsewhere=topk_ids < 0,
+        counts=counts[1:],
+        num_rows=num_rows,
+        tokens=order.div(topk_ids.shape[1], rounding_mode="floor"),
+        targets=targets,
+    )
 
 
 def to_rows(hidden: Tensor, row_map: RowMap) -> Tensor:
     """hidden [T, H] -> expert rows [num_rows, H]; rows that no choice fills are zero."""
-    rows = hidden.new_zeros(row_map.num_rows, hidden.shape[1])
-    tokens, choices = row_map.valid.nonzero(as_tuple=True)
-    rows[row_map.row[tokens, choices]] = hidden[tokens]
-    return rows
+    rows = hidden.index_select(0, row_map.tokens)
+    if row_map.targets is None:
+        return rows
+    out = hidden.new_zeros(row_map.num_rows + 1, hidden.shape[1])
+    return out.index_copy_(0, row_map.targets, rows)[: row_map.num_rows]
 
 
 def from_rows(rows: Tensor, row_map: RowMap) -> Tensor:
     """Expert rows [num_rows, H] -> [T, K, H]; zero where the choice is -1."""
     if row_map.num_rows == 0:
         return rows.new_zeros(*row_map.row.shape, rows.shape[1])
-    gathered = rows.index_select(0, row_map.row.flatten()).view(*row_map.row.shape, rows.shape[1])
-    return torch.where(row_map.valid.unsqueeze(-1), gathered, 0)
+    row = row_map.row.flatten()
+    if row_map.elsewhere is None:
+        return rows.index_select(0, row).view(*row_map.row.shape, rows.shape[1])
+    gathered = rows.index_select(0, row.clamp(max=row_map.num_rows - 1)).view(*row_map.row.shape, rows.shape[1])
+    return gathered.masked_fill_(row_map.elsewhere.unsqueeze(-1), 0)
 
 
 def weighted_sum(choices: Tensor, weights: Tensor) -> Tensor:

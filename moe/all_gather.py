@@ -78,10 +78,11 @@ class AllGatherDispatcher:
                 ]
             )
             hidden, ids, weights = unpack_tokens(valid, hidden.dtype, ids.shape[1])
-        local = ids - self._placement.first
-        local = torch.where((local >= 0) & (local < self._placement.num_local), local, -1)
+        if self._placement.ep_size > 1:
+            local = ids - self._placement.first
+            ids = torch.where((local >= 0) & (local < self._placement.num_local), local, -1)
         handle.weights = weights
-        handle.arranged = arrange(hidden, local, self._placement.num_local, handle.plan.mode, self._alignment)
+        handle.arranged = arrange(hidden, ids, self._placement.num_local, handle.plan.mode, self._alignment)
         return Received(rows=handle.arranged.rows, handle=handle)
 
     def combine_a(self, expert_rows: Tensor, handle: GatherHandle) -> GatherHandle:
