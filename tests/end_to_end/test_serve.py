@@ -116,6 +116,20 @@ def test_expert_load_is_recorded_over_all_ranks(server: LiveServer, model: TinyM
     assert record.logical_count.sum(axis=(0, 2)).tolist() == [tokens * 4] * 2  # top-4, two sparse layers
 
 
+def test_health_is_red_while_a_rank_is_wedged(server: LiveServer) -> None:
+    """A stopped process sends no heartbeats; when it goes on, so does the service."""
+    pid = server.rank_pids()[1]
+    with server.client() as client:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_for(lambda: client.get("/health").status_code == 503, 12)
+            assert "rank 1" in client.get("/health").text
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: client.get("/health").status_code == 200, 12)
+        assert len(_generate(client, [5, 6, 7], 3)["output_ids"]) == 3
+
+
 def test_a_killed_rank_ends_every_request_and_the_server_names_it(model: TinyModel, tmp_path: Path) -> None:
     with LiveServer(model.folder, tmp_path / "log", *DP2) as server:
         pids = server.rank_pids()

@@ -43,6 +43,7 @@ class EngineSettings:
     fp8_activations: bool = False
     alignment: int = 1
     load_format: str = "safetensors"
+    dtype: torch.dtype = torch.float32
 
     @property
     def topology(self) -> Topology:
@@ -84,6 +85,7 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
         RunnerConfig(
             model_path=settings.model_path,
             load_format=settings.load_format,
+            dtype=settings.dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,

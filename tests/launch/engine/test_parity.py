@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+import torch
 from engine_jobs import EngineSettings, engine_job, greedy_request, merged
 from rank_pool import RankPool
 from tiny_models import VARIANTS, TinyModel
@@ -99,3 +100,16 @@ def test_w8a8_is_the_same_in_every_layout(tiny: Callable[..., TinyModel], rank_p
     two = EngineSettings(model_path=str(model.folder), fp8_activations=True, tp=2, dp=2, a2a="torch")
     finished = merged(rank_pool.run(2, engine_job, two, [requests]))
     assert {rid: entry.tokens for rid, entry in finished.items()} == {rid: entry.tokens for rid, entry in one.items()}
+
+
+def test_bfloat16_stays_near_the_oracle_in_two_layouts(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    """bf16 rounds, so tokens may differ from the fp32 oracle; prompt logprobs must stay near."""
+    model = tiny("plain")
+    prompts = _prompts()
+    requests = [greedy_request(i, prompt, NUM_TOKENS, logprob_start_len=0) for i, prompt in enumerate(prompts)]
+    one = EngineSettings(model_path=str(model.folder), dtype=torch.bfloat16)
+    two = EngineSettings(model_path=str(model.folder), dtype=torch.bfloat16, tp=2, dp=2, a2a="torch")
+    for finished in (engine_job(0, one, [requests]), merged(rank_pool.run(2, engine_job, two, [requests]))):
+        for i in range(len(prompts)):
+            found = torch.tensor([entry.logprob for entry in finished[i].prompt_logprobs[1:]])
+            assert not len(found) or (found - torch.tensor(_expected(model)[1][i])).abs().mean() < 0.15
