@@ -2,7 +2,8 @@
 
 The physics: at small batches a decode step is bound by reading weights. One request touches top-k experts per layer, 64 requests
 nearly all of them, so a step can't be faster than (weight bytes touched) / (memory bandwidth); that floor is printed. Both sides
-run in this process, one after the other, warmed up; the engine's tokens are checked against HF's before anything is timed.
+run in this process, one after the other, warmed up, with the allocator settings that `moesaic serve` gives its ranks (they speed up HF too);
+the engine's tokens are compared with HF's.
 
 Usage: python benchmarks/bench_vs_transformers.py [--quick] [--threads 2]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -77,6 +79,7 @@ def time_engine(model: TinyModel, prompts: list[list[int]], new_tokens: list[int
         chunk_tokens=2048,
         context_length=2048,
         prefix_cache=False,
+        mode="normal",  # what `moesaic serve` resolves to without an all-to-all backend
     )
     engine = make_engine(settings)
     requests = [greedy_request(i, *pair) for i, pair in enumerate(zip(prompts, new_tokens, strict=True))]
@@ -90,7 +93,15 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
+def with_rank_environment() -> None:
+    """Start again with glibc's allocator told not to return memory after every large tensor, as the launcher does for its ranks."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+
+
 def main() -> None:
+    with_rank_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens")
     parser.add_argument("--threads", type=int, default=2)

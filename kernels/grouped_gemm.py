@@ -6,6 +6,7 @@ one batched product when most experts have rows, one product per active expert w
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,17 +27,16 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
         return _batched(x, weight, counts)
     out = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            torch.mm(x[start : start + count], weight[expert].t(), out=out[start : start + count])
-            start += count
+    for expert in np.flatnonzero(counts).tolist():
+        stop = start + counts[expert]
+        torch.mm(x[start:stop], weight[expert].t(), out=out[start:stop])
+        start = stop
     return out
 
 
 def _prefers_batch(counts: list[int]) -> bool:
     """Whether padding all experts to the longest costs less than one call each: most have rows, none has many."""
-    num_active = sum(count > 0 for count in counts)
-    return max(counts, default=0) <= MAX_BATCHED_ROWS and 2 * num_active > len(counts)
+    return max(counts, default=0) <= MAX_BATCHED_ROWS and 2 * (len(counts) - counts.count(0)) > len(counts)
 
 
 def _batched(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:

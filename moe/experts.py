@@ -43,12 +43,13 @@ class TorchExpertRunner:
         return self._run(rows)
 
     def _run_filled(self, rows: MaskedRows) -> Tensor:
-        """Only as many rows per expert as the fullest has: a CPU may look at the counts, a captured graph may not."""
-        filled = int(rows.counts.max()) if rows.counts.numel() else 0
-        out = torch.zeros_like(rows.hidden)
-        if filled:
-            out[:, :filled] = self._run(MaskedRows(hidden=rows.hidden[:, :filled], counts=rows.counts))
-        return out
+        """Only the valid rows, as contiguous ones: a CPU may look at the counts, a captured graph may not."""
+        num_experts, room, width = rows.hidden.shape
+        valid = torch.arange(room) < rows.counts.unsqueeze(1)
+        index = valid.flatten().nonzero().squeeze(1)
+        hidden = rows.hidden.reshape(-1, width).index_select(0, index)
+        outputs = self._run(ContiguousRows(hidden=hidden, counts=rows.counts.tolist()))
+        return hidden.new_zeros(num_experts * room, width).index_copy_(0, index, outputs).view_as(rows.hidden)
 
     def _run(self, rows: ExpertRows) -> Tensor:
         inner = swiglu(self._product(rows, rows.hidden, self._weights.gate_up))

@@ -12,15 +12,21 @@ from moesaic.launch.engine.penalties import Penalties
 from moesaic.launch.engine.sampler import MIN_TEMPERATURE, SamplingBatch
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
 
+GREEDY = SamplingBatch.make(temperature=[], top_p=[], top_k=[], min_p=[], seed=[], position=[])
+"""For rows that are all greedy, however many: nothing in it is read per row."""
+
 
 def sampling_batch(slots: Int64Array, table: SequenceTable, device: torch.device) -> SamplingBatch:
     """Parameters of the rows of `slots`; only sequences with penalties or a pending minimum length cost Python time."""
-    temperature, top_p, top_k = table.temperature[slots], table.top_p[slots], table.top_k[slots]
-    min_p = table.min_p[slots]
+    temperature, top_k = table.temperature[slots], table.top_k[slots]
     random = (temperature >= MIN_TEMPERATURE) & (top_k != 1)
-    nucleus = random & ((top_p < 1) | (top_k > 0))
     special = np.flatnonzero(table.needs_history[slots] | (table.num_tokens[slots] < table.min_tokens[slots]))
+    if not len(special) and not random.any():
+        return GREEDY
     sequences = [(int(row), table.sequence(int(slots[row]))) for row in special]
+    top_p, min_p = table.top_p[slots], table.min_p[slots]
+
+    nucleus = random & ((top_p < 1) | (top_k > 0))
 
     def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

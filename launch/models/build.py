@@ -79,6 +79,10 @@ class DeepseekV3Builder:
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return self._source.tensor(name, shape, dtype or self._options.dtype, shard)
 
+    def _matrix(self, name: str, *shape: int, shard: Shard | None = None) -> Tensor:
+        """A weight [out, in] for products with few rows: stored like the experts', `out` running fastest."""
+        return _out_fastest(self._tensor(name, *shape, shard=shard))
+
     def _layer(self, index: int) -> DenseDecoderLayer | SparseDecoderLayer:
         config = self._config
         prefix = f"model.layers.{index}"
@@ -115,20 +119,20 @@ class DeepseekV3Builder:
         else:
             query_down = self._tensor(f"{prefix}.q_a_proj.weight", config.q_lora_rank, hidden)
             q_norm = self._tensor(f"{prefix}.q_a_layernorm.weight", config.q_lora_rank)
-            q_up = self._tensor(f"{prefix}.q_b_proj.weight", query_rows, config.q_lora_rank, shard=heads)
+            q_up = self._matrix(f"{prefix}.q_b_proj.weight", query_rows, config.q_lora_rank, shard=heads)
         kv_down = self._tensor(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden)
         kv_up_rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
         kv_up = self._tensor(f"{prefix}.kv_b_proj.weight", kv_up_rows, latent, shard=heads)
         per_head = kv_up.view(-1, config.qk_nope_head_dim + config.v_head_dim, latent)
         key, value = torch.split(per_head, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         weights = MLAWeights(
-            down=torch.cat([query_down, kv_down]),
+            down=_out_fastest(torch.cat([query_down, kv_down])),
             q_norm=q_norm,
             q_up=q_up,
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
             kv_up_key=key.contiguous(),
             kv_up_value=value.contiguous(),
-            output=self._tensor(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
+            output=self._matrix(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
         return MultiHeadLatentAttention(self._mla_config(), weights, index, self._rope_table)
 
@@ -151,8 +155,8 @@ class DeepseekV3Builder:
         index, count = (self._parallel.attn_tp_rank, self._parallel.attn_tp_size) if split else (0, 1)
         gate = self._tensor(f"{prefix}.gate_proj.weight", width, hidden, shard=Shard(0, index, count))
         up = self._tensor(f"{prefix}.up_proj.weight", width, hidden, shard=Shard(0, index, count))
-        down = self._tensor(f"{prefix}.down_proj.weight", hidden, width, shard=Shard(1, index, count))
-        return DenseMLP(gate_up=torch.cat([gate, up]), down=down, fp8_activations=self._options.fp8_activations)
+        down = self._matrix(f"{prefix}.down_proj.weight", hidden, width, shard=Shard(1, index, count))
+        return DenseMLP(gate_up=_out_fastest(torch.cat([gate, up])), down=down, fp8_activations=self._options.fp8_activations)
 
     def _moe(self, prefix: str) -> SparseLayer:
         config = self._config
@@ -228,3 +232,8 @@ class DeepseekV3Builder:
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         weight = self._tensor(name, config.vocab_size, config.hidden_size, shard=Shard(0, index, count))
         return Head(weight=weight, over_world=over_world)
+
+
+def _out_fastest(weight: Tensor) -> Tensor:
+    """The same [out, in] matrix with its columns contiguous: on CPU a product with few rows reads it up to a third faster."""
+    return weight.t().contiguous().t()
