@@ -34,6 +34,8 @@ from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.launch.engine.step import HeaderExchange, StepRules
 
 VOCAB = 2048
+LOGITS = 64
+"""Columns of the prepared logits: looking through a real vocabulary is the device's work, not the engine's."""
 PAGE_SIZE = 16
 STEPS = 200
 
@@ -61,7 +63,7 @@ def make_engine(num_requests: int) -> RankEngine:
     config = SchedulerConfig(
         num_pages=num_requests * 128, page_size=PAGE_SIZE, max_running=num_requests, context_length=2048, chunk_tokens=1 << 20
     )
-    runner: Any = PreparedLogits(torch.randn(num_requests, VOCAB), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"))
+    runner: Any = PreparedLogits(torch.randn(num_requests, LOGITS), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"))
     recording: Any = NoRecording()
     return RankEngine(
         scheduler=Scheduler(config),
@@ -84,9 +86,10 @@ def step_ms(num_requests: int) -> float:
     for _ in range(STEPS):
         start = time.perf_counter()
         result = engine.step()
-        encoder.encode(StepOutputs(dp_rank=0, outputs=result.outputs, load=engine.load(0)))
+        outputs = StepOutputs(dp_rank=0, outputs=result.outputs, rids=result.rids, tokens=result.tokens, load=engine.load(0))
+        encoder.encode(outputs)
         times.append(time.perf_counter() - start)
-        assert len(result.outputs) == num_requests
+        assert len(result.outputs) + len(result.rids) == num_requests
     return statistics.median(times) * 1e3
 
 

@@ -1,9 +1,9 @@
 """Tokens per second of the engine against HF transformers' `generate`, same checkpoint, same prompts, greedy, fp32, same threads.
 
 The physics: at small batches a decode step is bound by reading weights. One request touches top-k experts per layer, 64 requests
-nearly all of them, so a step can't be faster than (weight bytes touched) / (memory bandwidth); that floor is printed. Both sides
-run in this process, one after the other, warmed up, with the allocator settings that `moesaic serve` gives its ranks (they speed up HF too);
-the engine's tokens are compared with HF's.
+nearly all of them, so a step can't be faster than (weight bytes touched) / (memory bandwidth). Both sides run in this process, one
+after the other, warmed up, with the allocator settings that `moesaic serve` gives its ranks (they speed up HF too); the last column
+says how many requests got exactly HF's tokens.
 
 Usage: python benchmarks/bench_vs_transformers.py [--quick] [--threads 2]
 """

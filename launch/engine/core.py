@@ -31,7 +31,7 @@ from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.sampler import sample, token_logprobs
 from moesaic.launch.engine.sampling_rows import sampling_batch
 from moesaic.launch.engine.scheduler import Scheduler
-from moesaic.launch.engine.sequence import Int64Array, Sequence
+from moesaic.launch.engine.sequence import MAX_TABLE_STOPS, Int64Array, Sequence
 from moesaic.launch.engine.step import HeaderExchange, Step, StepHeader, StepRules, resolve_step
 from moesaic.launch.models.forward import ForwardInput
 
@@ -40,10 +40,12 @@ RequestMessage = GenerateRequest | AbortRequest
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step brought: the step all ranks agreed on, outputs for clients, answers to control commands."""
+    """What one step brought: the step all ranks agreed on, outputs for clients (as in `StepOutputs`), answers to commands."""
 
     step: Step
     outputs: list[RequestOutput]
+    rids: list[int]
+    tokens: list[int]
     replies: list[ControlReply]
 
 
@@ -68,6 +70,8 @@ class RankEngine:
         self._activity = activity
         self._controls: deque[Control] = deque()
         self._outputs: list[RequestOutput] = []
+        self._rids: list[int] = []
+        self._tokens: list[int] = []
         self._stop = False
         self._throughput = Throughput()
 
@@ -105,8 +109,9 @@ class RankEngine:
         if not step.idle:
             self._run(plan, step)
         replies = [self._carry_out(self._controls.popleft())] if step.control else []
-        outputs, self._outputs = self._outputs, []
-        return StepResult(step=step, outputs=outputs, replies=replies)
+        result = StepResult(step=step, outputs=self._outputs, rids=self._rids, tokens=self._tokens, replies=replies)
+        self._outputs, self._rids, self._tokens = [], [], []
+        return result
 
     def load(self, dp_rank: int) -> LoadReport:
         """The scheduler's state now."""
@@ -160,17 +165,14 @@ class RankEngine:
         self._emit(slots, chosen, logprobs)
 
     def _emit(self, slots: Int64Array, tokens: Int64Array, logprobs: dict[int, TokenLogprobs]) -> None:
-        """One output per new token. Most rows just go on: those take the short way."""
+        """Sort the new tokens into those that just continue a sequence and those that need an output of their own."""
         table = self.scheduler.table
-        full = table.num_tokens[slots] >= table.max_tokens[slots]
-        outputs, sequences = self._outputs, table.sequences
-        for row, (slot, token, is_full) in enumerate(zip(slots.tolist(), tokens.tolist(), full.tolist(), strict=True)):
-            sequence = sequences[slot]
-            assert sequence is not None
-            if is_full or row in logprobs or not sequence.first_output_sent or token in sequence.stop_ids:
-                self._emit_event(sequence, token, logprobs.get(row))
-            else:
-                outputs.append(RequestOutput(rid=sequence.rid, token_ids=(token,)))
+        event = (table.num_tokens[slots] >= table.max_tokens[slots]) | table.needs_event[slots]
+        event |= (table.stop_ids[slots] == tokens[:, None]).any(axis=1)
+        self._rids = table.rid[slots[~event]].tolist()
+        self._tokens = tokens[~event].tolist()
+        for row in np.flatnonzero(event).tolist():
+            self._emit_event(table.sequence(int(slots[row])), int(tokens[row]), logprobs.get(row))
 
     def _emit_event(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """The output of a token that is a sequence's first or last or comes with logprobs; ends a complete sequence."""
@@ -182,6 +184,8 @@ class RankEngine:
             finish = "length"
         first = not sequence.first_output_sent
         sequence.first_output_sent = True
+        many_stops = len(sequence.stop_ids) > MAX_TABLE_STOPS
+        self.scheduler.table.needs_event[sequence.slot] = sequence.request.return_logprob or many_stops
         self._outputs.append(
             RequestOutput(
                 rid=sequence.rid,

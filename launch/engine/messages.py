@@ -9,6 +9,7 @@ attention-TP rank 0 of each DP group (heartbeats and errors come from every rank
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -108,12 +109,17 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     num_retracted_reqs: int
 
 
-class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
-    """All outputs of one step of one DP rank, with its load."""
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs", omit_defaults=True):
+    """All outputs of one step of one DP rank, with its load.
+
+    Most sequences just go on by one token: those are only listed in `rids` and `tokens`; `outputs` holds all others.
+    """
 
     dp_rank: int
     outputs: list[RequestOutput]
     load: LoadReport
+    rids: list[int] = []
+    tokens: list[int] = []
 
 
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag="control_reply"):
@@ -166,3 +172,10 @@ FromRank = StepOutputs | ControlReply | Progress | Ready | Heartbeat | RankError
 to_rank_decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 from_rank_decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 encoder = msgspec.msgpack.Encoder()
+
+
+def every_output(outputs: Iterable[RequestOutput], rids: list[int], tokens: list[int]) -> Iterator[RequestOutput]:
+    """The outputs of a step one by one, those that just went on included."""
+    yield from outputs
+    for rid, token in zip(rids, tokens, strict=True):
+        yield RequestOutput(rid=rid, token_ids=(token,))

@@ -164,7 +164,15 @@ class RankProcess:
             return
         dp_rank = self._spec.place.dp_rank
         if result.outputs or not result.step.quiet:
-            self._outbox.send(StepOutputs(dp_rank=dp_rank, outputs=result.outputs, load=engine.load(dp_rank)))
+            self._outbox.send(
+                StepOutputs(
+                    dp_rank=dp_rank,
+                    outputs=result.outputs,
+                    rids=result.rids,
+                    tokens=result.tokens,
+                    load=engine.load(dp_rank),
+                )
+            )
         for reply in result.replies:
             self._outbox.send(reply)
 

@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.cache = PrefixCache(PageAllocator(config.num_pages), config.page_size, config.prefix_cache)
-        self.table = SequenceTable(config.max_running, -(-config.context_length // config.page_size))
+        self.table = SequenceTable(config.max_running, -(-config.context_length // config.page_size), config.context_length)
         self.num_retracted = 0
         self._waiting: list[Sequence] = []
         self._decoding: Int64Array = np.empty(0, dtype=np.int64)
@@ -134,16 +134,7 @@ class Scheduler:
 
     def append_tokens(self, slots: Int64Array, tokens: Int64Array) -> None:
         """One new token for each of these decoding slots (all distinct)."""
-        self.table.last_token[slots] = tokens
-        self.table.num_tokens[slots] += 1
-        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-            sequence = self.table.sequences[slot]
-            assert sequence is not None
-            sequence.tokens[sequence.num_tokens] = token
-            sequence.num_computed = sequence.num_tokens
-            sequence.num_tokens += 1
-            if sequence.history is not None:
-                sequence.history.append(token)
+        self.table.append(slots, tokens)
         self._reserve_ratio = max(self._reserve_ratio * RESERVE_DECAY, RESERVE_MIN)
 
     # Memory
@@ -179,6 +170,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's slot and pages; what it computed in full pages goes to (or stays in) the cache."""
         slot = sequence.slot
+        self.table.sequence(slot)
         if self._partial is sequence:
             self._partial = None
         else:

@@ -20,10 +20,14 @@ from moesaic.launch.engine.penalties import TokenHistory
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
+MAX_TABLE_STOPS = 8
+"""Stop ids that the table compares for all sequences at once; a sequence with more is looked at one by one."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` int32 has room for prompt and `max_new_tokens`. `slot` is its row in the table, -1 while it waits.
+    """`slot` is its row in the table, -1 while it waits. While it runs, its tokens and their number are the table's;
+    `SequenceTable.sequence` brings `num_tokens` and `num_computed` here up to date, and `tokens` is the table's row.
 
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
@@ -49,12 +53,10 @@ class Sequence:
     def from_request(request: GenerateRequest, arrival: int) -> Sequence:
         """A sequence that has not run yet."""
         num_prompt = len(request.input_ids)
-        tokens = np.empty(num_prompt + max(request.sampling.max_new_tokens, 1), dtype=np.int32)
-        tokens[:num_prompt] = request.input_ids
         return Sequence(
             rid=request.rid,
             request=request,
-            tokens=tokens,
+            tokens=np.array(request.input_ids, dtype=np.int32),
             num_prompt=num_prompt,
             num_tokens=num_prompt,
             arrival=arrival,
@@ -88,11 +90,16 @@ class Sequence:
 class SequenceTable:
     """Running sequences as arrays over slots, so that a step touches Python objects only where something happens.
 
-    pages int32 [capacity, max_pages]: page rows; num_pages, num_tokens, max_tokens int64 [capacity]; last_token int64 [capacity].
+    pages int32 [capacity, max_pages]: page rows; tokens int32 [capacity, max_tokens + 1]; the rest [capacity]. needs_event: the
+    next token needs an output of its own even if it is neither the last nor a stop id.
     """
 
-    def __init__(self, capacity: int, max_pages: int) -> None:
-        self.sequences: list[Sequence | None] = [None] * capacity
+    def __init__(self, capacity: int, max_pages: int, max_tokens: int) -> None:
+        self._sequences: list[Sequence | None] = [None] * capacity
+        self.tokens: Int32Array = np.empty((capacity, max_tokens + 1), dtype=np.int32)
+        self.rid: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.stop_ids: Int64Array = np.full((capacity, MAX_TABLE_STOPS), -1, dtype=np.int64)
+        self.needs_event = np.zeros(capacity, dtype=np.bool_)
         self.pages: Int32Array = np.zeros((capacity, max_pages), dtype=np.int32)
         self.num_pages: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
@@ -117,7 +124,14 @@ class SequenceTable:
         slot = self._free.pop()
         sampling = sequence.request.sampling
         sequence.slot = slot
-        self.sequences[slot] = sequence
+        self._sequences[slot] = sequence
+        self.tokens[slot, : sequence.num_tokens] = sequence.tokens[: sequence.num_tokens]
+        sequence.tokens = self.tokens[slot]
+        self.rid[slot] = sequence.rid
+        stops = sampling.stop_token_ids[:MAX_TABLE_STOPS]
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(stops)] = stops
+        self.needs_event[slot] = True
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = len(pages)
         self.num_tokens[slot] = sequence.num_tokens
@@ -134,8 +148,10 @@ class SequenceTable:
     def remove(self, sequence: Sequence) -> Int32Array:
         """Take a sequence out; returns its page row (a copy)."""
         slot = sequence.slot
+        self.sequence(slot)
+        sequence.tokens = sequence.tokens[: sequence.num_tokens].copy()
         row = self.page_row(slot).copy()
-        self.sequences[slot] = None
+        self._sequences[slot] = None
         self.num_pages[slot] = 0
         self._free.append(slot)
         sequence.slot = -1
@@ -146,10 +162,23 @@ class SequenceTable:
         return self.pages[slot, : self.num_pages[slot]]
 
     def sequence(self, slot: int) -> Sequence:
-        """The sequence in a slot that is in use."""
-        found = self.sequences[slot]
+        """The sequence in a slot that is in use, brought up to date with what has been appended."""
+        found = self._sequences[slot]
         assert found is not None, f"slot {slot} is empty"
+        num_tokens = int(self.num_tokens[slot])
+        if num_tokens > found.num_tokens:
+            found.num_tokens, found.num_computed = num_tokens, num_tokens - 1
         return found
+
+    def append(self, slots: Int64Array, tokens: Int64Array) -> None:
+        """One new token for each of these slots (all distinct)."""
+        self.tokens[slots, self.num_tokens[slots]] = tokens
+        self.last_token[slots] = tokens
+        self.num_tokens[slots] += 1
+        for row in np.flatnonzero(self.needs_history[slots]).tolist():
+            history = self.sequence(int(slots[row])).history
+            assert history is not None
+            history.append(int(tokens[row]))
 
 
 def _history(request: GenerateRequest) -> TokenHistory | None:

@@ -30,6 +30,7 @@ from moesaic.launch.engine.messages import (
     RequestOutput,
     StepOutputs,
     Wake,
+    every_output,
 )
 from moesaic.launch.http.balance import Balancer, no_load
 from moesaic.launch.http.config import HttpConfig
@@ -279,7 +280,7 @@ class RankClient:
 
     def _take_outputs(self, step: StepOutputs) -> None:
         self.last_output_at = time.monotonic()
-        for output in step.outputs:
+        for output in every_output(step.outputs, step.rids, step.tokens):
             flight = self._in_flight.get(output.rid)
             if flight is None:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.core import RankEngine
-from moesaic.launch.engine.messages import GenerateRequest, RequestOutput, SamplingParams
+from moesaic.launch.engine.messages import GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import make_parallel_context
 from moesaic.launch.engine.recording import LoadRecording
@@ -131,13 +132,13 @@ def run_waves(engine: RankEngine, waves: list[list[GenerateRequest]]) -> dict[in
             engine.apply(request)
         while True:
             result = engine.step()
-            collect(finished, result.outputs)
+            collect(finished, every_output(result.outputs, result.rids, result.tokens))
             if result.step.quiet:
                 break
     return finished
 
 
-def collect(finished: dict[int, Finished], outputs: list[RequestOutput]) -> None:
+def collect(finished: dict[int, Finished], outputs: Iterable[RequestOutput]) -> None:
     for output in outputs:
         entry = finished.setdefault(output.rid, Finished())
         entry.tokens += output.token_ids
