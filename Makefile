@@ -15,7 +15,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 serve: $(VENV)/.serve-stamp ## serve the demo model on two CPU ranks at 127.0.0.1:30000
-	@exec $(BIN)/moesaic serve --model-path demo --tp 2 --dp 2 --enable-dp-attention --moe-a2a-backend torch \
+	@exec $(BIN)/moesaic serve --model-path demo --tp 2 --dp 2 --enable-dp-attention --enable-dp-lm-head --moe-a2a-backend torch \
 		--host 127.0.0.1 --port 30000 $(ARGS)
 
 test: lint ## lint, types, and all tests but the whole product

@@ -51,8 +51,7 @@ def run_rank(spec: RankSpec) -> None:
         outbox.send(RankError(rank=spec.place.rank, message=message, traceback=traceback.format_exc()))
         outbox.close()
         os._exit(1)
-    outbox.close()
-    os._exit(0)
+    os._exit(0)  # nobody reads what might still be queued: the HTTP process has closed its side
 
 
 class Outbox:

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, fields
 import torch
 import torch.distributed as dist
 
-from moesaic.attention.dp_attention import all_gather_rows, share_bounds
+from moesaic.attention.dp_attention import share_bounds
 from moesaic.moe.dispatcher import DispatchPlan, ModeFlag, resolve_dispatch_mode
 
 
@@ -103,8 +103,10 @@ class HeaderExchange:
         """Every rank's header, in rank order. Collective; raises RuntimeError after the group's deadline."""
         if self._world_size == 1:
             return [header]
-        own = torch.tensor([int(value) for value in astuple(header)])
-        everyone = all_gather_rows(own, self._group, self._world_size)
+        # An all-gather, sent as an all-to-all of copies: gloo takes 0.13 ms (p90 0.17) for that, for its all-gather 0.23 (p90 2.7).
+        own = torch.tensor([int(value) for value in astuple(header)]).repeat(self._world_size)
+        everyone = torch.empty_like(own)
+        dist.all_to_all_single(everyone, own, group=self._group)
         return [_header(row) for row in everyone.view(self._world_size, self._width).tolist()]
 
 
