@@ -68,7 +68,7 @@ def make_engine(num_requests: int) -> RankEngine:
     return RankEngine(
         scheduler=Scheduler(config),
         runner=runner,
-        rules=StepRules(dp_size=1, attn_tp_size=1, a2a=False, mode="auto", cap=1 << 20),
+        rules=StepRules(attn_tp_size=1, a2a=False, mode="auto", cap=1 << 20),
         exchange=HeaderExchange(1, None),
         recording=recording,
         activity=Activity(0),

@@ -160,7 +160,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     "experts": (
         _choice(
             "--moe-a2a-backend",
-            "how tokens reach their experts; none: all-gather and reduce-scatter",
+            "how tokens reach their experts; none: all-gather and all-reduce",
             "none",
             "torch",
             "deepep",

@@ -151,7 +151,7 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
     if config.moe_a2a_backend == "none":
         # The low-latency layout would fix sizes for a communication that has none to save: only on explicit demand.
         mode: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
-        return mode, Choice(capability="dispatch", chosen=f"none (all-gather, reduce-scatter), mode {mode}")
+        return mode, Choice(capability="dispatch", chosen=f"none (all-gather, all-reduce), mode {mode}")
     mode = config.deepep_mode
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
     refused = (("deepep", NOT_BUILT),)

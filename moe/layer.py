@@ -1,4 +1,4 @@
-"""A sparse layer as stage methods; the model strings them together (and overlap may put other work between them)."""
+"""The parts of a sparse layer; the model strings their stages together (and overlap may put other work between them)."""
 
 from __future__ import annotations
 

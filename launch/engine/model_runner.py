@@ -63,6 +63,7 @@ class ModelRunner:
             source = CheckpointWeights(config.model_path, count)
         options = BuildOptions(
             dtype=config.dtype,
+            device=config.device,
             max_positions=config.context_length,
             expert_runner=config.expert_runner,
             fp8_activations=config.fp8_activations,

@@ -15,9 +15,11 @@ def join_process_groups(topology: Topology, place: RankPlace, *, init_method: st
     """Rendezvous of all ranks. Raises RuntimeError naming rank and address when it isn't complete in time."""
     if topology.world_size == 1:
         return
+    # Step headers and counts travel between CPUs in any case.
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     try:
         dist.init_process_group(
-            backend,
+            backends,
             init_method=init_method,
             rank=place.rank,
             world_size=topology.world_size,

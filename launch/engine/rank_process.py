@@ -228,6 +228,7 @@ class RankProcess:
                 model_path=config.model_path,
                 load_format=config.load_format,
                 dtype=getattr(torch, config.dtype),
+                device=self._device(),
                 context_length=config.context_length,
                 page_size=config.page_size,
                 attention_backend=config.attention_backend,
@@ -238,6 +239,13 @@ class RankProcess:
             parallel,
             on_tensor,
         )
+
+    def _device(self) -> str:
+        """This rank's device; on CUDA also the one that new streams and groups of this process use."""
+        if self._spec.config.device == "cpu":
+            return "cpu"
+        torch.cuda.set_device(self._spec.place.local_rank)
+        return f"cuda:{self._spec.place.local_rank}"
 
     def _agree(self, num_pages: int, parallel: ParallelContext) -> int:
         """The smallest pool of all ranks, so that the ranks of a DP group schedule alike."""
@@ -261,7 +269,6 @@ class RankProcess:
             )
         )
         rules = StepRules(
-            dp_size=topology.dp_size,
             attn_tp_size=topology.attn_tp_size,
             a2a=config.moe_a2a_backend != "none",
             mode=config.dispatch_mode,
@@ -272,6 +279,6 @@ class RankProcess:
             runner=runner,
             rules=rules,
             exchange=HeaderExchange(topology.world_size, parallel.world_group),
-            recording=LoadRecording(runner.model_config, parallel),
+            recording=LoadRecording(runner.model_config, parallel, device=runner.config.device),
             activity=self._activity,
         )

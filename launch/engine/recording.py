@@ -28,14 +28,17 @@ FOLDER_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
 class LoadRecording:
     """One rank's part of the recording. `model_name` goes into the file."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext, model_name: str = "") -> None:
+    def __init__(self, config: ModelConfig, parallel: ParallelContext, model_name: str = "", device: str = "cpu") -> None:
         self._parallel = parallel
         self._model_name = model_name
         self._num_hidden_layers = config.num_hidden_layers
         self._recorder = None
         if config.sparse_layers:
             self._recorder = ExpertLoadRecorder(
-                layer_ids=config.sparse_layers, num_experts=config.n_routed_experts, steps_per_window=STEPS_PER_WINDOW
+                layer_ids=config.sparse_layers,
+                num_experts=config.n_routed_experts,
+                steps_per_window=STEPS_PER_WINDOW,
+                device=device,
             )
         # The ranks of one attention-TP group see the same tokens, unless each of them dispatches its own share.
         self._counts_own = parallel.attn_tp_rank == 0 or parallel.scatters_tokens

@@ -37,7 +37,6 @@ class StepHeader:
 class StepRules:
     """What turns headers into a step; equal on all ranks. `a2a`: each attention-TP rank dispatches its own share."""
 
-    dp_size: int
     attn_tp_size: int
     a2a: bool
     mode: ModeFlag

@@ -37,6 +37,7 @@ class BuildOptions:
     """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block."""
 
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     max_positions: int = 4096
     expert_runner: str = "torch"
     fp8_activations: bool = False
@@ -60,7 +61,7 @@ class DeepseekV3Builder:
         self._backend = backend
         self._options = options
         self._group = AttentionTPGroup(parallel.attn_tp_rank, parallel.attn_tp_size, parallel.attn_tp_group)
-        self._rope_table = rope_table(config.rope, options.max_positions)
+        self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
         """Raises CheckpointError for a tensor that is missing or doesn't fit."""
@@ -77,7 +78,7 @@ class DeepseekV3Builder:
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        return self._source.tensor(name, shape, dtype or self._options.dtype, shard)
+        return self._source.tensor(name, shape, dtype or self._options.dtype, shard).to(self._options.device)
 
     def _matrix(self, name: str, *shape: int, shard: Shard | None = None) -> Tensor:
         """A weight [out, in] for products with few rows: stored like the experts', `out` running fastest."""
@@ -208,7 +209,8 @@ class DeepseekV3Builder:
 
     def _expert_tensor(self, num_experts: int, rows: int, columns: int) -> Tensor:
         """Uninitialised [E, out, in] with `out` running fastest: few rows times such a weight is up to a third faster on CPU."""
-        return torch.empty(num_experts, columns, rows, dtype=self._options.dtype).transpose(1, 2)
+        options = self._options
+        return torch.empty(num_experts, columns, rows, dtype=options.dtype, device=options.device).transpose(1, 2)
 
     def _dispatcher(self, placement: ExpertPlacement) -> Dispatcher[Any]:
         parallel, alignment = self._parallel, self._options.alignment

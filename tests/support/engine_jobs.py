@@ -108,7 +108,6 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
         )
     )
     rules = StepRules(
-        dp_size=settings.dp,
         attn_tp_size=topology.attn_tp_size,
         a2a=settings.a2a != "none",
         mode=settings.mode,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 from moesaic.launch.engine.step import StepHeader, StepRules, resolve_step
 from moesaic.moe.dispatcher import DispatchMode
 
-RULES = StepRules(dp_size=2, attn_tp_size=1, a2a=True, mode="auto", cap=8)
+RULES = StepRules(attn_tp_size=1, a2a=True, mode="auto", cap=8)
 IDLE = StepHeader()
 DECODE = StepHeader(num_decode=3, num_logits=3, has_work=True)
 EXTEND = StepHeader(num_extend=5, num_logits=1, has_work=True)
