@@ -1,7 +1,8 @@
 """Where the processes of a server find each other: torch's rendezvous and the ZMQ endpoints.
 
-One node: Unix sockets in a private folder, removed at the end, and a free loopback port for torch. Several nodes: fixed
-ports from the PORT of `--dist-init-addr HOST:PORT`, all on node 0, so that a firewall can be told:
+One node: Unix sockets and the file of torch's rendezvous in a private folder, removed at the end; no port that somebody else
+could take first. Several nodes: fixed ports from the PORT of `--dist-init-addr HOST:PORT`, all on node 0, so that a firewall can
+be told:
   PORT          the launchers' rendezvous (`launch/rendezvous.py`)
   PORT + 1      torch.distributed of the ranks
   PORT + 2      ZMQ, from all ranks to the HTTP process
@@ -28,8 +29,8 @@ MAX_SOCKET_PATH_BYTES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoints:
-    """`to_rank[rank]` and `from_rank` are ZMQ endpoints; `dist_init_method` is `tcp://host:port`; `folder` holds the
-    sockets.
+    """`to_rank[rank]` and `from_rank` are ZMQ endpoints; `dist_init_method` is `file://path` or `tcp://host:port`; `folder`
+    holds the sockets.
     """
 
     dist_init_method: str
@@ -52,7 +53,7 @@ def plan_endpoints(config: ServerConfig) -> Iterator[Endpoints]:
         return
     folder = _private_folder()
     endpoints = Endpoints(
-        dist_init_method=f"tcp://{config.dist_init_addr or f'127.0.0.1:{free_port()}'}",
+        dist_init_method=f"tcp://{config.dist_init_addr}" if config.dist_init_addr else f"file://{folder}/rendezvous",
         to_rank=tuple(f"ipc://{folder}/to{rank}" for rank in range(config.tp_size)),
         from_rank=f"ipc://{folder}/from",
         folder=folder,
@@ -87,13 +88,6 @@ def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT -> (host, port)."""
     host, _, port = address.rpartition(":")
     return host, int(port)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _private_folder() -> Path:

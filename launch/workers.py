@@ -59,7 +59,7 @@ def rank_environment(num_threads: int, dist_init_method: str) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if sys.platform == "linux" and dist_init_method.startswith(("tcp://127.", "tcp://localhost:")):
+    if sys.platform == "linux" and dist_init_method.startswith(("file://", "tcp://127.", "tcp://localhost:")):
         # gloo otherwise looks up the machine's own name, which many laptops cannot resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment

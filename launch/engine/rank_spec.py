@@ -14,7 +14,7 @@ from moesaic.launch.topology import RankPlace, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
-    """`dist_init_method` is `tcp://host:port` for torch.distributed, whose store rank 0 hosts; deadline
+    """`dist_init_method` is `file://path` or `tcp://host:port` (rank 0 hosts the store) for torch.distributed; deadline
     `config.dist_timeout`.
     """
 

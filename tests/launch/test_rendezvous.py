@@ -10,8 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch.distributed
+from live_server import free_port
 
-from moesaic.launch.endpoints import free_port, tcp_endpoints
+from moesaic.launch.endpoints import tcp_endpoints
 from moesaic.launch.errors import ConfigError, RendezvousError
 from moesaic.launch.rendezvous import Meeting, NodeWatch, meet
 

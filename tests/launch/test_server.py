@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live_server import free_port
 
 from moesaic.launch.cli import main
-from moesaic.launch.endpoints import free_port
 
 STANDINS = Path(__file__).parent / "standins"
 # The command line, with stand-ins in place of the engine's ranks.

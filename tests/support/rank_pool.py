@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 WORLD_SIZE = 4
@@ -64,27 +65,25 @@ class RankPool:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4294967296")
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            worker = context.Process(target=_work, args=(rank, str(rendezvous), theirs), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append(worker)
             self._pipes.append(ours)
 
 
-def _work(rank: int, port: int, pipe: Any) -> None:
+def _work(rank: int, rendezvous: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=WORLD_SIZE,
         timeout=timedelta(seconds=60),
