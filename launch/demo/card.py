@@ -34,7 +34,8 @@ the main model's hidden state after the final norm: `eh_proj(concat(enorm(embedd
 The weights are learned from, and can recite, the sources and doc strings of the standard library of CPython {python},
 Copyright (c) Python Software Foundation, under the PSF licence: see LICENSE-PSF.txt. {train_bytes:,} bytes in
 {documents:,} documents are for training. Every file and help topic whose hash says so is held out in all its forms
-({held_bytes:,} bytes). SHA-256 of the corpus: `{sha256}`.
+({held_bytes:,} bytes); files that only resemble a held-out one (parts of distutils, idlelib, lib2to3, tkinter) stay in training,
+for the 5-gram models too. SHA-256 of the corpus: `{sha256}`.
 
 ## Training
 
