@@ -110,12 +110,10 @@ class ResolvedConfig:
     max_running_requests_per_dp: int
     max_total_tokens: int | None
     chunked_prefill_tokens_per_dp: int
-    max_prefill_tokens: int
     page_size: int
     schedule_policy: Literal["fcfs", "lpm"]
     enable_prefix_cache: bool
     num_threads: int
-    random_seed: int
     dist_timeout: int
     watchdog_timeout: int
     load_balance_method: Literal["round_robin", "total_tokens", "total_requests"]

@@ -201,7 +201,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
         _choice("--attention-backend", "what computes attention", "auto", "torch"),
         _flag("--num-threads", "CPU threads per rank (cores / ranks of this node)", positive_int),
-        _flag("--random-seed", "seed of dummy weights (0)", rank_number),
+        _flag("--random-seed", "seed of the seeds that requests without one get (default: chance)", rank_number),
         _flag(
             "--watchdog-timeout",
             "a rank in one operation for longer is unhealthy, in seconds",

@@ -68,12 +68,10 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         max_running_requests_per_dp=_running_requests_per_dp(config, mode),
         max_total_tokens=config.max_total_tokens,
         chunked_prefill_tokens_per_dp=_chunk_tokens_per_dp(config, shape, device),
-        max_prefill_tokens=config.max_prefill_tokens,
         page_size=config.page_size or PAGE_SIZE[device],
         schedule_policy=config.schedule_policy,
         enable_prefix_cache=not config.disable_radix_cache,
         num_threads=config.num_threads or max(1, hardware.num_cores // topology.ranks_per_node),
-        random_seed=config.random_seed or 0,
         dist_timeout=config.dist_timeout,
         watchdog_timeout=config.watchdog_timeout,
         load_balance_method="total_tokens" if config.load_balance_method == "auto" else config.load_balance_method,
@@ -213,12 +211,13 @@ def _running_requests_per_dp(config: ServerConfig, mode: DispatchMode) -> int:
 
 
 def _chunk_tokens_per_dp(config: ServerConfig, shape: ModelShape, device: DeviceName) -> int:
-    """-1 turns chunking off: a chunk may be as long as a prompt can be."""
+    """Prompt tokens that a DP rank takes into one step. -1 turns chunking off: a chunk may be as long as a prompt can be."""
     if config.chunked_prefill_size == -1:
         return _context_length(config, shape)
+    chunk = CHUNKED_PREFILL_TOKENS_PER_DP[device]
     if config.chunked_prefill_size is not None:
-        return max(1, config.chunked_prefill_size // config.dp_size)
-    return CHUNKED_PREFILL_TOKENS_PER_DP[device]
+        chunk = max(1, config.chunked_prefill_size // config.dp_size)
+    return min(chunk, config.max_prefill_tokens)
 
 
 def _size_conflicts(config: ServerConfig) -> Iterator[Conflict]:

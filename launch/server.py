@@ -91,6 +91,7 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         load_balance_method=resolved.load_balance_method,
         max_queued_requests=resolved.max_queued_requests,
         max_running_requests=resolved.max_running_requests_per_dp,
+        random_seed=config.random_seed,
         eos_token_ids=plan.eos_token_ids,
         default_sampling=plan.default_sampling,
         architectures=(plan.model.architecture,),

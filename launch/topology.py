@@ -123,30 +123,14 @@ class Topology:
     @property
     def attn_tp_groups(self) -> RankLists:
         """Ranks that share one sequence's attention: consecutive."""
-        return _consecutive(self.world_size, self.attn_tp_size)
+        size = self.attn_tp_size
+        return tuple(tuple(range(first, first + size)) for first in range(0, self.world_size, size))
 
     @property
     def dp_groups(self) -> RankLists:
         """One rank of each DP rank, those with the same attn_tp_rank."""
-        return _strided(self.world_size, self.attn_tp_size)
-
-    @property
-    def moe_tp_groups(self) -> RankLists:
-        """Ranks that share one expert's columns: consecutive."""
-        return _consecutive(self.world_size, self.moe_tp_size)
-
-    @property
-    def ep_groups(self) -> RankLists:
-        """Ranks over which whole experts are spread: those with the same moe_tp_rank."""
-        return _strided(self.world_size, self.moe_tp_size)
-
-
-def _consecutive(world_size: int, size: int) -> RankLists:
-    return tuple(tuple(range(first, first + size)) for first in range(0, world_size, size))
-
-
-def _strided(world_size: int, stride: int) -> RankLists:
-    return tuple(tuple(range(first, world_size, stride)) for first in range(stride))
+        size = self.attn_tp_size
+        return tuple(tuple(range(first, self.world_size, size)) for first in range(size))
 
 
 def summarize_topology(topology: Topology) -> str:

@@ -60,7 +60,6 @@ def make_parallel_context(
         return new_group(ranks)
 
     size = topology.attn_tp_size
-    dp_groups = tuple(tuple(range(first, topology.world_size, size)) for first in range(size))
     return ParallelContext(
         rank=place.rank,
         world_size=topology.world_size,
@@ -77,5 +76,5 @@ def make_parallel_context(
         a2a_backend=a2a_backend,
         world_group=own_group((tuple(range(topology.world_size)),)),
         attn_tp_group=own_group(topology.attn_tp_groups),
-        dp_group=own_group(dp_groups),
+        dp_group=own_group(topology.dp_groups),
     )

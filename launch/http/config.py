@@ -12,8 +12,9 @@ class HttpConfig:
 
     Ranks are numbered `dp_rank * attn_tp_size + attn_tp_rank`; `to_rank_endpoints[rank]` is bound here and the rank
     connects. `eos_token_ids` end every sequence unless `ignore_eos`. `default_sampling` holds native sampling names
-    (from the checkpoint's generation_config.json) used where a request says nothing. `max_queued_requests` None: no
-    limit. `server_args` and `resolution` are shown in /server_info as they are. Times are seconds.
+    (from the checkpoint's generation_config.json) used where a request says nothing; `random_seed` decides the seeds
+    that such requests get (None: chance). `max_queued_requests` None: no limit. `server_args` and `resolution` are
+    shown in /server_info as they are. Times are seconds.
     """
 
     model_path: str
@@ -32,6 +33,7 @@ class HttpConfig:
     load_balance_method: str = "auto"
     max_queued_requests: int | None = None
     max_running_requests: int = 256
+    random_seed: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, object] = field(default_factory=dict)
     architectures: tuple[str, ...] = ("DeepseekV3ForCausalLM",)

@@ -7,7 +7,7 @@ wrote. Every refusal is a 400 naming the field. Knows neither prompts nor ranks.
 from __future__ import annotations
 
 import math
-import secrets
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -234,5 +234,5 @@ def _top_k(reader: _Reader) -> int:
 def _seed(reader: _Reader) -> int:
     key = "seed" if reader.get("seed") is not None else "sampling_seed"
     if reader.get(key) is None:
-        return secrets.randbits(62)
+        return random.getrandbits(62)
     return reader.integer(key, 0, -(1 << 63), (1 << 63) - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 from collections.abc import Callable, Generator
 
@@ -58,6 +59,7 @@ async def serve(
     On `stop`, requests in flight have `config.drain_seconds` to end, and then get a 503. When the engine fails, every
     client gets a 503 at once and EngineFailedError is raised.
     """
+    random.seed(config.random_seed)
     tokenizer = load_tokenizer(config.tokenizer_path or config.model_path)
     server = _Server(_uvicorn_config(config, make_app(config, client, tokenizer)))
     running = asyncio.create_task(server.serve(sockets=[sock]), name="http server")

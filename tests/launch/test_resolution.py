@@ -69,10 +69,10 @@ def test_a_gpu_box_computes_in_bfloat16_over_nccl() -> None:
 
 
 def test_explicit_values_are_kept() -> None:
-    config = settle(dtype="bfloat16", page_size=4, num_threads=3, context_length=100, random_seed=7).config
+    config = settle(dtype="bfloat16", page_size=4, num_threads=3, context_length=100).config
 
     assert (config.dtype, config.page_size, config.num_threads) == ("bfloat16", 4, 3)
-    assert (config.context_length, config.random_seed) == (100, 7)
+    assert config.context_length == 100
 
 
 def test_server_wide_sizes_are_shared_among_dp_ranks() -> None:
@@ -80,6 +80,7 @@ def test_server_wide_sizes_are_shared_among_dp_ranks() -> None:
 
     assert config.max_running_requests_per_dp == 32
     assert config.chunked_prefill_tokens_per_dp == 256
+    assert settle(**DP2, chunked_prefill_size=512, max_prefill_tokens=100).config.chunked_prefill_tokens_per_dp == 100
     assert settle(chunked_prefill_size=-1).config.chunked_prefill_tokens_per_dp == SHAPE.context_length
 
 

@@ -31,8 +31,6 @@ def test_groups_cover_all_ranks_once_and_agree_with_the_places(flags: dict[str, 
     for groups, own_number, shared_number in (
         (topology.attn_tp_groups, "attn_tp_rank", "dp_rank"),
         (topology.dp_groups, "dp_rank", "attn_tp_rank"),
-        (topology.moe_tp_groups, "moe_tp_rank", "ep_rank"),
-        (topology.ep_groups, "ep_rank", "moe_tp_rank"),
     ):
         assert sorted(chain.from_iterable(groups)) == list(range(topology.world_size))
         for group in groups:
@@ -60,8 +58,6 @@ def test_one_rank_of_a_mixed_layout_by_hand() -> None:
     assert [place.rank for place in topology.places() if place.is_leader] == [0, 4]
     assert topology.attn_tp_groups == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert topology.dp_groups == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert topology.moe_tp_groups == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert topology.ep_groups == ((0, 2, 4, 6), (1, 3, 5, 7))
 
 
 def test_experts_are_spread_evenly_over_all_ranks_with_an_all_to_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,17 @@ def test_several_answers_have_different_seeds(server: HttpServer) -> None:
     server.generate(input_ids=[5], sampling_params={"max_new_tokens": 1, "n": 3, "seed": 7})
     sent = [m for rank, start in zip(server.ranks, before, strict=True) for m in rank.generates()[start:]]
     assert sorted(message.sampling.seed for message in sent) == [7, 8, 9]
+
+
+def test_requests_without_a_seed_get_the_same_ones_from_the_same_random_seed(model_path: Path) -> None:
+    drawn = []
+    for random_seed in (11, 11, 12):
+        with HttpServer(model_path, random_seed=random_seed) as server:
+            server.generate(input_ids=[[5], [6]], sampling_params={"max_new_tokens": 1})
+            drawn.append([message.sampling.seed for message in server.ranks[0].generates()])
+
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 4
 
 
 def test_streamed_text_is_cumulative_and_ends_with_done(server: HttpServer) -> None:
