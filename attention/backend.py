@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moesaic.attention.kv_pool import LatentKVPool
-from moesaic.attention.metadata import AttentionMetadata, ExtendSequence
+from moesaic.attention.metadata import AttentionMetadata, DecodeBucket, ExtendSequence
 from moesaic.kernels.mla_decode import mla_decode
 from moesaic.kernels.mla_prefill import mla_prefill
 
@@ -52,14 +52,24 @@ class TorchBackend:
     ) -> Tensor:
         buckets = metadata.buckets
         if len(buckets) == 1 and buckets[0].rows is None:
-            latent = pool.gather(layer, buckets[0].page_table)
-            return mla_decode(query, latent, buckets[0].bias, value_dim=value_dim, scale=scale)
+            return self._decode(query, pool.rows(layer), buckets[0], value_dim, scale)
         out = query.new_empty(*query.shape[:2], value_dim)
         for bucket in buckets:
             assert bucket.rows is not None, "several buckets name their rows"
-            latent = pool.gather(layer, bucket.page_table)
-            out[bucket.rows] = mla_decode(query[bucket.rows], latent, bucket.bias, value_dim=value_dim, scale=scale)
+            out[bucket.rows] = self._decode(query[bucket.rows], pool.rows(layer), bucket, value_dim, scale)
         return out
+
+    @staticmethod
+    def _decode(query: Tensor, pool_rows: Tensor, bucket: DecodeBucket, value_dim: int, scale: float) -> Tensor:
+        return mla_decode(
+            query,
+            pool_rows,
+            bucket.page_table,
+            bucket.seq_lens,
+            page_size=bucket.page_size,
+            value_dim=value_dim,
+            scale=scale,
+        )
 
     def latent_context(self, pool: LatentKVPool, layer: int, sequence: ExtendSequence) -> Tensor:
         length = sequence.prefix_len + sequence.length

@@ -34,9 +34,9 @@ class LatentKVPool:
     def bytes_per_token(num_layers: int, latent_dim: int, dtype: torch.dtype) -> int:
         return num_layers * latent_dim * dtype.itemsize
 
-    def write(self, layer: int, slots: Tensor, latent: Tensor) -> None:
-        """latent [T, latent_dim] into slots int64 [T] of a layer. Slots of one call are distinct."""
-        self._rows[layer].index_copy_(0, slots, latent.to(self._rows.dtype))
+    def rows(self, layer: int) -> Tensor:
+        """View [num_pages * page_size, latent_dim] of a layer."""
+        return self._rows[layer]
 
     def pages(self, layer: int) -> Tensor:
         """View [num_pages, page_size * latent_dim] of a layer; a page is one contiguous run of bytes."""

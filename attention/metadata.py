@@ -6,7 +6,6 @@ Rows of a step: first `num_decode` decode rows (one token per sequence), then th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -33,13 +32,6 @@ class DecodeBucket:
     page_table: Tensor
     seq_lens: Tensor
     page_size: int
-
-    @cached_property
-    def bias(self) -> Tensor:
-        """fp32 [b, 1, P * page_size]: 0 where a token exists, -inf after the sequence's end. Made once per step, for all layers."""
-        positions = torch.arange(self.page_table.shape[1] * self.page_size, device=self.seq_lens.device)
-        beyond = positions >= self.seq_lens.unsqueeze(1)
-        return torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf")).unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)

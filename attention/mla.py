@@ -17,6 +17,7 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence
 from moesaic.kernels.gemm import linear
+from moesaic.kernels.latent_write import write_latent
 from moesaic.kernels.norm import rms_norm
 from moesaic.kernels.rope import apply_rope
 
@@ -61,18 +62,23 @@ class MultiHeadLatentAttention:
         config, weights = self._config, self._weights
         projected = linear(hidden, weights.down, fp8_activations=config.fp8_activations)
         query_width = projected.shape[1] - config.latent_dim
-        query, latent, key_rope = torch.split(projected, [query_width, config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
+        query, latent = torch.split(projected, [query_width, config.latent_dim], dim=1)
         if weights.q_up is not None:
             assert weights.q_norm is not None, "a query latent comes with its norm"
             query = rms_norm(query, weights.q_norm, config.rms_norm_eps)
             query = linear(query, weights.q_up, fp8_activations=config.fp8_activations)
         heads = query.view(-1, config.num_heads, config.qk_head_dim)
         nope, rope = torch.split(heads, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
-        rotation = self._rope_table.index_select(0, metadata.positions)
-        key = apply_rope(key_rope.unsqueeze(1), rotation).squeeze(1)
-        latent = rms_norm(latent, weights.kv_norm, config.rms_norm_eps)
-        pool.write(self._layer, metadata.slots, torch.cat([latent, key], dim=1))
-        return Queries(nope=nope, rope=apply_rope(rope, rotation))
+        write_latent(
+            latent,
+            weights.kv_norm,
+            config.rms_norm_eps,
+            table=self._rope_table,
+            positions=metadata.positions,
+            slots=metadata.slots,
+            pool_rows=pool.rows(self._layer),
+        )
+        return Queries(nope=nope, rope=apply_rope(rope, self._rope_table, metadata.positions))
 
     def core(self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         """Attention output of this rank's heads, [T, N * v]."""

@@ -6,9 +6,13 @@ one batched product when most experts have rows, one product per active expert w
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from moesaic.kernels.native.library import kernels_for
 
 MAX_BATCHED_ROWS = 32
 
@@ -23,6 +27,9 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
             f"grouped_gemm_contiguous: {len(counts)} counts with sum {sum(counts)} don't fit "
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
+    native = kernels_for(x)
+    if native is not None and x.is_contiguous() and _out_fastest(weight):
+        return _native(native, x, weight, counts)
     if _prefers_batch(counts):
         return _batched(x, weight, counts)
     out = x.new_empty(x.shape[0], weight.shape[1])
@@ -31,6 +38,30 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
         stop = start + counts[expert]
         torch.mm(x[start:stop], weight[expert].t(), out=out[start:stop])
         start = stop
+    return out
+
+
+def _out_fastest(weight: Tensor) -> bool:
+    """Whether the memory is [E, K, N], as the model's builder lays expert weights out."""
+    return weight.transpose(1, 2).is_contiguous()
+
+
+def _native(native: ctypes.CDLL, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    num_experts, width, depth = weight.shape
+    out = x.new_empty(x.shape[0], width)
+    numbers = ctypes.c_int64 * num_experts
+    native.grouped_gemm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        numbers(*counts),
+        num_experts,
+        depth,
+        width,
+        out.data_ptr(),
+        numbers(),
+        numbers(),
+        torch.get_num_threads(),
+    )
     return out
 
 

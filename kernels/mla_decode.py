@@ -5,12 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.kernels.native.library import kernels_for
 
-def mla_decode(query: Tensor, latent: Tensor, bias: Tensor, *, value_dim: int, scale: float) -> Tensor:
+
+def mla_decode(
+    query: Tensor, pool_rows: Tensor, page_table: Tensor, seq_lens: Tensor, *, page_size: int, value_dim: int, scale: float
+) -> Tensor:
     """One query token per sequence over that sequence's latent rows.
 
-    query [B, heads, D] (absorbed latent part, then rotary part), latent [B, L, D] (rows past a sequence's end may hold anything
-    finite), bias fp32 [B, 1, L] (-inf past the end) -> [B, heads, value_dim]. Softmax in fp32.
+    query [B, heads, D] (absorbed latent part, then rotary part), pool_rows [S, D] in pages of `page_size`, page_table int64 [B, P],
+    seq_lens int64 [B] -> [B, heads, value_dim]. Softmax in fp32.
     """
+    native = kernels_for(query)
+    if native is None or kernels_for(pool_rows) is None:
+        return mla_decode_reference(query, pool_rows, page_table, seq_lens, page_size=page_size, value_dim=value_dim, scale=scale)
+    query, page_table = query.contiguous(), page_table.contiguous()
+    num_rows, heads, width = query.shape
+    longest = page_table.shape[1] * page_size
+    threads = torch.get_num_threads()
+    out = query.new_empty(num_rows, heads, value_dim)
+    scratch = query.new_empty(threads * 4 * longest)
+    native.mla_decode(
+        query.data_ptr(),
+        pool_rows.data_ptr(),
+        page_table.data_ptr(),
+        seq_lens.data_ptr(),
+        num_rows,
+        heads,
+        width,
+        value_dim,
+        page_table.shape[1],
+        page_size,
+        scale,
+        out.data_ptr(),
+        scratch.data_ptr(),
+        longest,
+        threads,
+    )
+    return out
+
+
+def mla_decode_reference(
+    query: Tensor, pool_rows: Tensor, page_table: Tensor, seq_lens: Tensor, *, page_size: int, value_dim: int, scale: float
+) -> Tensor:
+    """The same in torch, any device and dtype: gathers the pages, pads every sequence to the table's width."""
+    pages = pool_rows.view(-1, page_size * pool_rows.shape[1]).index_select(0, page_table.flatten())
+    latent = pages.view(len(page_table), -1, pool_rows.shape[1])
+    beyond = torch.arange(latent.shape[1], device=latent.device) >= seq_lens.unsqueeze(1)
+    bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf")).unsqueeze(1)
     scores = torch.baddbmm(bias, query.float(), latent.float().transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1).to(latent.dtype), latent[..., :value_dim])

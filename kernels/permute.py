@@ -6,12 +6,15 @@ of their tokens, and sums run in top-k order, so results never depend on arrival
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from moesaic.kernels.native.library import kernels_for, status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ def contiguous_map(topk_ids: Tensor, num_experts: int, alignment: int) -> tuple[
 
     The padded counts are on the CPU: this layout is for callers that may wait.
     """
+    native = status().library
+    if native is not None and topk_ids.device.type == "cpu" and alignment == 1:
+        return _sorted_map(native, topk_ids.contiguous(), num_experts)
     device, num_choices = topk_ids.device, topk_ids.shape[1]
     flat = topk_ids.flatten().cpu().numpy()  # a few hundred small integers: numpy is several times faster than torch on them
     order = np.argsort(flat, kind="stable")
@@ -58,6 +64,31 @@ def contiguous_map(topk_ids: Tensor, num_experts: int, alignment: int) -> tuple[
         targets=None if alignment == 1 else torch.from_numpy(targets).to(device),
     )
     return row_map, padded
+
+
+def _sorted_map(native: ctypes.CDLL, topk_ids: Tensor, num_experts: int) -> tuple[RowMap, list[int]]:
+    row = torch.empty_like(topk_ids)
+    tokens = topk_ids.new_empty(topk_ids.numel())
+    counts, scratch = topk_ids.new_empty(num_experts), topk_ids.new_empty(num_experts)
+    num_rows = native.sort_choices(
+        topk_ids.data_ptr(),
+        topk_ids.numel(),
+        max(topk_ids.shape[1], 1),
+        num_experts,
+        counts.data_ptr(),
+        row.data_ptr(),
+        tokens.data_ptr(),
+        scratch.data_ptr(),
+    )
+    row_map = RowMap(
+        row=row,
+        elsewhere=topk_ids < 0 if num_rows < topk_ids.numel() else None,
+        counts=counts,
+        num_rows=num_rows,
+        tokens=tokens[:num_rows],
+        targets=None,
+    )
+    return row_map, counts.tolist()
 
 
 def _padded_rows(used: npt.NDArray[np.int64], room: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -105,6 +136,21 @@ def from_rows(rows: Tensor, row_map: RowMap) -> Tensor:
         return rows.index_select(0, row).view(*row_map.row.shape, rows.shape[1])
     gathered = rows.index_select(0, row.clamp(max=row_map.num_rows - 1)).view(*row_map.row.shape, rows.shape[1])
     return gathered.masked_fill_(row_map.elsewhere.unsqueeze(-1), 0)
+
+
+def weighted_rows(rows: Tensor, row_map: RowMap, weights: Tensor) -> Tensor:
+    """Expert rows [num_rows, H] -> their weighted sum per token [T, H], in fp32 and top-k order; choices elsewhere add nothing."""
+    native = kernels_for(rows)
+    if native is None or not rows.is_contiguous():
+        return weighted_sum(from_rows(rows, row_map), weights)
+    row, weights = row_map.row, weights.float().contiguous()
+    if row_map.elsewhere is not None:
+        row = row.masked_fill(row_map.elsewhere, -1)
+    out = rows.new_empty(row.shape[0], rows.shape[1])
+    native.weighted_rows(
+        rows.data_ptr(), row.data_ptr(), weights.data_ptr(), *row.shape, rows.shape[1], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
 
 
 def weighted_sum(choices: Tensor, weights: Tensor) -> Tensor:

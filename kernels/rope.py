@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.kernels.native.library import kernels_for
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -65,7 +67,20 @@ def rope_table(config: RopeConfig, num_positions: int) -> Tensor:
     return torch.polar(torch.full_like(angles, magnitude), angles)
 
 
-def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [T, heads, dim] rotated by rotation complex64 [T, dim / 2]; returns x's dtype. The multiplication is fp32."""
+def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """x [T, heads, dim] rotated by the rows `positions` int64 [T] of a table complex64 [num_positions, dim / 2].
+
+    Returns x's dtype; the multiplication is fp32. x may be overwritten.
+    """
+    native = kernels_for(x)
+    if native is None or x.stride(2) != 1:
+        return apply_rope_reference(x, table, positions)
+    native.rope_in_place(x.data_ptr(), x.stride(0), x.stride(1), table.data_ptr(), positions.data_ptr(), *x.shape)
+    return x
+
+
+def apply_rope_reference(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """The same in torch, any device and dtype; leaves x as it is."""
+    rotation = table.index_select(0, positions)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.kernels.native.library import kernels_for
+
 
 def grouped_topk(
     logits: Tensor,
@@ -21,6 +23,51 @@ def grouped_topk(
     The bias decides which experts are chosen, never their weights. A group (of experts) scores the sum of its two best; only the
     experts of the `topk_groups` best groups compete.
     """
+    native = kernels_for(logits)
+    if native is None or not logits.is_contiguous():
+        return grouped_topk_reference(
+            logits,
+            correction_bias,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            topk=topk,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+        )
+    num_tokens, num_experts = logits.shape
+    threads = torch.get_num_threads()
+    ids = torch.empty(num_tokens, topk, dtype=torch.int64)
+    weights = logits.new_empty(num_tokens, topk)
+    scratch = logits.new_empty(threads * (2 * num_experts + num_groups))
+    native.grouped_topk(
+        logits.data_ptr(),
+        correction_bias.data_ptr(),
+        num_tokens,
+        num_experts,
+        num_groups,
+        topk_groups,
+        topk,
+        normalize,
+        scaling_factor,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+    return ids, weights
+
+
+def grouped_topk_reference(
+    logits: Tensor,
+    correction_bias: Tensor,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    normalize: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The same in torch, any device."""
     scores = logits.sigmoid()
     choice = scores + correction_bias
     if topk_groups < num_groups:

@@ -8,26 +8,36 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from moesaic.kernels.native.build import why_missing
+
+NO_DEVICE = "torch sees no CUDA device"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """`num_cores` are the cores this process may use, not the machine's.
 
-    `cuda_missing` says why there is no CUDA device.
+    `cuda_missing` says why there is no CUDA device, `cpu_kernels_missing` why there are no compiled CPU kernels (None: there are).
     """
 
     num_cores: int
     num_cuda_devices: int = 0
-    cuda_missing: str = "torch sees no CUDA device"
+    cuda_missing: str = NO_DEVICE
+    cpu_kernels_missing: str | None = None
 
 
 def detect_hardware(device: str) -> Hardware:
     """Look around. `device` "cpu" spares the second that importing torch takes."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cpu":
-        return Hardware(num_cores=num_cores, cuda_missing="--device cpu")
+        return _without_cuda(num_cores, "--device cpu")
     import torch
 
     if torch.version.cuda is None:
-        return Hardware(num_cores=num_cores, cuda_missing=f"torch {torch.__version__} is a CPU build")
-    return Hardware(num_cores=num_cores, num_cuda_devices=torch.cuda.device_count())
+        return _without_cuda(num_cores, f"torch {torch.__version__} is a CPU build")
+    num_devices = torch.cuda.device_count()
+    return Hardware(num_cores=num_cores, num_cuda_devices=num_devices) if num_devices else _without_cuda(num_cores, NO_DEVICE)
+
+
+def _without_cuda(num_cores: int, reason: str) -> Hardware:
+    return Hardware(num_cores=num_cores, cuda_missing=reason, cpu_kernels_missing=why_missing())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.kernels.native.build import SWITCH_VARIABLE
 from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
 from moesaic.launch.dispatch_limits import dispatch_conflicts
@@ -86,6 +87,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         _kernel_choice("attention backend", "--attention-backend torch", config.attention_backend, device),
         mode_choice,
         _kernel_choice("expert runner", "--moe-runner-backend torch", config.moe_runner_backend, device),
+        _cpu_kernels_choice(hardware, device),
         quantization_choice,
         _prefix_cache_choice(config),
         _graph_choice(config, device),
@@ -161,6 +163,24 @@ def _kernel_choice(capability: str, accept: str, asked: str, device: DeviceName)
     reason = "the device is cpu" if device == "cpu" else NOT_BUILT
     downgrade = device == "cuda" and asked == "auto"
     return Choice(capability=capability, chosen="torch", refused=(("device kernels", reason),), downgrade=downgrade, accept=accept)
+
+
+def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
+    """Compiled C for fp32 tensors on the CPU; whatever they don't cover is torch's."""
+    capability, best = "CPU kernels", "compiled C"
+    if device == "cuda":
+        return Choice(capability=capability, chosen="not used", refused=((best, "the device is cuda"),))
+    if hardware.cpu_kernels_missing is None:
+        return Choice(capability=capability, chosen=best)
+    refused = ((best, hardware.cpu_kernels_missing),)
+    wanted = f"{SWITCH_VARIABLE}=torch"
+    return Choice(
+        capability=capability,
+        chosen="torch",
+        refused=refused,
+        downgrade=hardware.cpu_kernels_missing != wanted,
+        accept=f"the environment variable {wanted}",
+    )
 
 
 def _prefix_cache_choice(config: ServerConfig) -> Choice:

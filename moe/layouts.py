@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moesaic.kernels.permute import RowMap, contiguous_map, from_rows, masked_map, to_rows, weighted_sum
+from moesaic.kernels.permute import RowMap, contiguous_map, from_rows, masked_map, to_rows, weighted_rows
 from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, ExpertRows, MaskedRows
 
 
@@ -38,4 +38,4 @@ def per_choice(expert_rows: Tensor, row_map: RowMap) -> Tensor:
 
 def weighted(expert_rows: Tensor, row_map: RowMap, weights: Tensor) -> Tensor:
     """Expert outputs in either layout -> the weighted sum of this rank's experts for each received token, [M, H]."""
-    return weighted_sum(per_choice(expert_rows, row_map), weights)
+    return weighted_rows(expert_rows.reshape(row_map.num_rows, expert_rows.shape[-1]), row_map, weights)

@@ -40,7 +40,7 @@ def test_rows_are_found_again_page_by_page_in_the_order_of_the_table() -> None:
     rows = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
     pages = torch.tensor([3, 1])
     positions = torch.arange(7)
-    pool.write(1, pages[positions // 4] * 4 + positions % 4, rows)
+    pool.rows(1)[pages[positions // 4] * 4 + positions % 4] = rows
     assert torch.equal(pool.gather(1, pages.unsqueeze(0))[0, :7], rows)
     both = pool.gather(1, torch.tensor([[1, 3], [3, 3]]))
     assert both.shape == (2, 8, 6)
@@ -48,16 +48,14 @@ def test_rows_are_found_again_page_by_page_in_the_order_of_the_table() -> None:
     assert torch.equal(both[1, :4], both[1, 4:])
 
 
-def test_a_write_touches_its_layer_and_its_slots_only() -> None:
+def test_the_rows_of_a_layer_are_its_own() -> None:
     pool = _pool()
-    pool.write(0, torch.tensor([2, 9]), torch.ones(2, 6))
+    pool.rows(0)[torch.tensor([2, 9])] = torch.ones(2, 6)
     assert not pool.pages(1).any()
     assert pool.pages(0).view(20, 6).any(1).nonzero().flatten().tolist() == [2, 9]
-    pool.write(0, torch.empty(0, dtype=torch.long), torch.empty(0, 6))
-    assert pool.pages(0).sum() == 12
 
 
 def test_rows_are_stored_in_the_pools_dtype() -> None:
     pool = _pool(torch.bfloat16)
-    pool.write(0, torch.tensor([0]), torch.full((1, 6), 1 + 2**-12))
+    pool.rows(0)[0] = torch.full((6,), 1 + 2**-12)
     assert torch.equal(pool.gather(0, torch.tensor([[0]]))[0, 0], torch.ones(6, dtype=torch.bfloat16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.kernels.mla_decode import mla_decode
+from moesaic.kernels.mla_decode import mla_decode, mla_decode_reference
 from moesaic.kernels.mla_prefill import QUERY_BLOCK, mla_prefill
 
 prefill_module = importlib.import_module("moesaic.kernels.mla_prefill")
@@ -68,24 +69,38 @@ def test_prefill_of_no_queries_gives_no_rows() -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 17), min_size=1, max_size=5),
-    heads=st.integers(1, 4),
-    spare=st.integers(0, 4),
+    heads=st.integers(1, 9),
+    rank=st.sampled_from([8, 19, 64, 150]),
     seed=st.integers(0, 2**31),
 )
-def test_absorbed_decode_equals_materialised_attention(lengths: list[int], heads: int, spare: int, seed: int) -> None:
-    nope, rope, rank, value_dim = 6, 4, 8, 5
+@pytest.mark.parametrize("decode", [mla_decode_reference, mla_decode])
+def test_absorbed_decode_equals_materialised_attention(
+    decode: Callable[..., torch.Tensor], lengths: list[int], heads: int, rank: int, seed: int
+) -> None:
+    nope, rope, value_dim, page_size = 6, 4, 5, 4
     generator = torch.Generator().manual_seed(seed)
-    width = max(lengths) + spare
+    num_pages = -(-max(lengths) // page_size) + seed % 2
+    width = num_pages * page_size
     query = torch.randn(len(lengths), heads, nope + rope, generator=generator)
     latent = torch.randn(len(lengths), width, rank + rope, generator=generator)
     key_up = torch.randn(heads, nope, rank, generator=generator)
     value_up = torch.randn(heads, value_dim, rank, generator=generator)
     past_end = torch.arange(width) >= torch.tensor(lengths).unsqueeze(1)
     latent[past_end] = 1e4
-    bias = torch.zeros(len(lengths), 1, width).masked_fill(past_end.unsqueeze(1), float("-inf"))
+    order = torch.randperm(len(lengths) * num_pages, generator=generator)
+    pool_rows = torch.empty(len(order), page_size, rank + rope)
+    pool_rows[order] = latent.view(-1, page_size, rank + rope)
 
     absorbed = torch.cat([torch.einsum("bhn,hnr->bhr", query[..., :nope], key_up), query[..., nope:]], dim=-1)
-    attended = mla_decode(absorbed, latent, bias, value_dim=rank, scale=0.3)
+    attended = decode(
+        absorbed,
+        pool_rows.view(-1, rank + rope),
+        order.view(len(lengths), num_pages),
+        torch.tensor(lengths),
+        page_size=page_size,
+        value_dim=rank,
+        scale=0.3,
+    )
     out = torch.einsum("bhr,hvr->bhv", attended, value_up)
 
     for row, length in enumerate(lengths):
@@ -97,5 +112,6 @@ def test_absorbed_decode_equals_materialised_attention(lengths: list[int], heads
 
 
 def test_decode_of_no_sequences_gives_no_rows() -> None:
-    out = mla_decode(torch.empty(0, 2, 6), torch.empty(0, 8, 6), torch.empty(0, 1, 8), value_dim=4, scale=1.0)
+    none = torch.empty(0, dtype=torch.long)
+    out = mla_decode(torch.empty(0, 2, 6), torch.empty(8, 6), none.view(0, 2), none, page_size=4, value_dim=4, scale=1.0)
     assert out.shape == (0, 2, 4)

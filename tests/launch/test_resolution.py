@@ -11,7 +11,7 @@ import pytest
 from moesaic.launch.config import ResolvedConfig, ServerConfig
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
-from moesaic.launch.report import report_rows
+from moesaic.launch.report import Choice, report_rows
 from moesaic.launch.resolution import Resolution, resolve
 from moesaic.launch.topology import ModelShape
 
@@ -198,3 +198,14 @@ def test_the_report_is_json_and_names_every_capability_once() -> None:
     names = [row["capability"] for row in rows]
     assert len(names) == len(set(names))
     assert {"attention backend", "dispatch", "expert runner", "quantisation", "CUDA graphs", "prefix cache"} <= set(names)
+
+
+def test_missing_cpu_kernels_are_a_downgrade_with_their_reason_unless_they_were_switched_off() -> None:
+    def row(missing: str | None) -> Choice:
+        hardware = Hardware(num_cores=4, cpu_kernels_missing=missing)
+        return next(choice for choice in settle(hardware=hardware).choices if choice.capability == "CPU kernels")
+
+    assert (row(None).chosen, row(None).downgrade) == ("compiled C", False)
+    lesser = row("no C compiler")
+    assert (lesser.chosen, lesser.downgrade, lesser.refused) == ("torch", True, (("compiled C", "no C compiler"),))
+    assert not row("MOESAIC_CPU_KERNELS=torch").downgrade

@@ -1,0 +1,47 @@
+"""The KV write of MLA: normalised latent and rotated key, scattered into the rows of a paged pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels.native.library import kernels_for
+from moesaic.kernels.norm import rms_norm_reference
+from moesaic.kernels.rope import apply_rope_reference
+
+
+def write_latent(
+    projected: Tensor, norm: Tensor, eps: float, *, table: Tensor, positions: Tensor, slots: Tensor, pool_rows: Tensor
+) -> None:
+    """projected [T, C + R] (latent of C elements, rotary key) into rows `slots` int64 [T], distinct, of pool_rows [S, C + R].
+
+    The latent is normalised (norm [C]), the key rotated by rows `positions` int64 [T] of table complex64 [num_positions, R / 2].
+    """
+    native = kernels_for(projected)
+    if native is None or kernels_for(pool_rows) is None or projected.stride(1) != 1:
+        write_latent_reference(projected, norm, eps, table=table, positions=positions, slots=slots, pool_rows=pool_rows)
+        return
+    width = norm.shape[0]
+    native.write_latent(
+        projected.data_ptr(),
+        projected.stride(0),
+        norm.data_ptr(),
+        eps,
+        width,
+        projected.shape[1] - width,
+        table.data_ptr(),
+        positions.data_ptr(),
+        slots.data_ptr(),
+        len(slots),
+        pool_rows.data_ptr(),
+    )
+
+
+def write_latent_reference(
+    projected: Tensor, norm: Tensor, eps: float, *, table: Tensor, positions: Tensor, slots: Tensor, pool_rows: Tensor
+) -> None:
+    """The same in torch, any device and dtype."""
+    latent, key = torch.split(projected, [norm.shape[0], projected.shape[1] - norm.shape[0]], dim=1)
+    rotated = apply_rope_reference(key.unsqueeze(1), table, positions).squeeze(1)
+    rows = torch.cat([rms_norm_reference(latent, norm, eps), rotated], dim=1)
+    pool_rows.index_copy_(0, slots, rows.to(pool_rows.dtype))
