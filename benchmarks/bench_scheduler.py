@@ -55,7 +55,7 @@ class NoRecording:
     dp_rank = 0
     observer = None
 
-    def end_step(self, num_tokens: int) -> None:
+    def end_step(self, num_tokens: int, forward_mode: str, positions: torch.Tensor) -> None:
         pass
 
 

@@ -7,6 +7,8 @@ model, dense ones zero, so that SGLang's --init-expert-location reads it:
     logical_count  int [num_windows, num_layers, num_experts]    int [num_windows, num_hidden_layers, num_experts]
     layer_ids      int [num_layers]                              the same, optional: by default the layers with any load
     num_tokens     int [num_windows]                             the same, optional
+    forward_modes  strings [num_windows], optional               the same
+    num_dropped    int, optional                                 the same
     model, domain  strings, optional                             the same
 
 A window is a run of steps; a count is how many tokens chose a logical expert in one sparse layer during it.
@@ -36,8 +38,9 @@ class LoadRecord:
     """Tokens per logical expert, sparse layer and window, oldest window first.
 
     logical_count int64 [num_windows, num_layers, num_experts]; layer_ids int32 [num_layers], ascending model layer
-    numbers; num_tokens int64 [num_windows], or None when the file did not say; `model` and `domain` say what was
-    served.
+    numbers; num_tokens int64 [num_windows], or None when the file did not say; forward_modes, what each window's one step
+    was (prefill, decode, ...), or None when windows are not single steps; num_dropped older windows were recorded but no
+    longer held; `model` and `domain` say what was served.
     """
 
     logical_count: NDArray[np.int64]
@@ -45,6 +48,8 @@ class LoadRecord:
     num_tokens: NDArray[np.int64] | None
     model: str = ""
     domain: str = ""
+    forward_modes: tuple[str, ...] | None = None
+    num_dropped: int = 0
 
     def save(self, path: str | Path, num_hidden_layers: int | None = None) -> None:
         """Write .npz or .pt, by the name's ending. `num_hidden_layers`: for .pt, else the last sparse layer + 1."""
@@ -63,9 +68,12 @@ class LoadRecord:
             "layer_ids": self.layer_ids,
             "model": np.array(self.model),
             "domain": np.array(self.domain),
+            "num_dropped": np.array(self.num_dropped),
         }
         if self.num_tokens is not None:
             fields["num_tokens"] = self.num_tokens
+        if self.forward_modes is not None:
+            fields["forward_modes"] = np.array(self.forward_modes, dtype=np.str_)
         np.savez_compressed(path, **fields)
 
     def _save_pt(self, path: Path, num_hidden_layers: int | None) -> None:
@@ -80,9 +88,12 @@ class LoadRecord:
             "layer_ids": torch.from_numpy(self.layer_ids),
             "model": self.model,
             "domain": self.domain,
+            "num_dropped": self.num_dropped,
         }
         if self.num_tokens is not None:
             fields["num_tokens"] = torch.from_numpy(self.num_tokens)
+        if self.forward_modes is not None:
+            fields["forward_modes"] = list(self.forward_modes)
         torch.save(fields, path)
 
 
@@ -107,6 +118,8 @@ def load(path: str | Path) -> LoadRecord:
         num_tokens=_num_tokens(path, fields, len(counts)),
         model=str(fields.get("model", "")),
         domain=str(fields.get("domain", "")),
+        forward_modes=_forward_modes(path, fields, len(counts)),
+        num_dropped=_num_dropped(path, fields),
     )
 
 
@@ -175,3 +188,20 @@ def _num_tokens(path: Path, fields: dict[str, Any], num_windows: int) -> NDArray
     if num_tokens.shape != (num_windows,) or num_tokens.min() < 0:
         raise BadLoadRecord(f"{path}: field 'num_tokens' must be {num_windows} counts, got {num_tokens.tolist()[:8]}")
     return num_tokens
+
+
+def _forward_modes(path: Path, fields: dict[str, Any], num_windows: int) -> tuple[str, ...] | None:
+    if "forward_modes" not in fields:
+        return None
+    modes = np.asarray(fields["forward_modes"])
+    if modes.shape != (num_windows,) or modes.dtype.kind != "U":
+        got = f"{modes.dtype} {list(modes.shape)}"
+        raise BadLoadRecord(f"{path}: field 'forward_modes' must be {num_windows} strings, got {got}")
+    return tuple(modes.tolist())
+
+
+def _num_dropped(path: Path, fields: dict[str, Any]) -> int:
+    num_dropped = np.asarray(fields.get("num_dropped", 0))
+    if num_dropped.ndim or num_dropped.dtype.kind not in "iu" or num_dropped < 0:
+        raise BadLoadRecord(f"{path}: field 'num_dropped' must be a number of windows, got {num_dropped.tolist()}")
+    return int(num_dropped)

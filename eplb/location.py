@@ -107,7 +107,8 @@ class ExpertLocation:
 def logical_to_physical(physical_to_logical: Int64Array, logical_count: Int64Array) -> Int64Array:
     """Slots int64 [L, R] and replica counts int64 [L, E] -> slots of every expert, ascending, -1 padded: int64 [L, E, max]."""
     num_layers, num_experts = logical_count.shape
-    order = np.argsort(physical_to_logical, axis=1, kind="stable")
+    keys = physical_to_logical.astype(np.int16) if num_experts < 2**15 else physical_to_logical  # numpy sorts int16 by radix
+    order = np.argsort(keys, axis=1, kind="stable")
     experts = np.take_along_axis(physical_to_logical, order, axis=1)
     first = np.cumsum(logical_count, axis=1) - logical_count
     rank = np.arange(order.shape[1]) - np.take_along_axis(first, experts, axis=1)

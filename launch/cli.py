@@ -1,4 +1,4 @@
-"""The command `moesaic`: `moesaic serve ...`, `moesaic --version`.
+"""The command `moesaic`: `moesaic serve ...`, `moesaic eplb ...`, `moesaic --version`.
 
 Knows which subcommand goes where and how errors look on a terminal; everything heavy is imported by the subcommand that
 needs it. Exit codes: 0 a clean stop, 1 a server that failed while running, 2 a start that was refused, 130 Ctrl-C
@@ -20,6 +20,8 @@ from moesaic.launch.version import version
 USAGE = """\
 usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesaic serve --help` lists the flags)
        moesaic serve --model-path demo           serve the small model that comes with moesaic
+       moesaic eplb report DUMP                  balancedness of a recorded expert load
+       moesaic eplb plan DUMP                    what-if: GPUs, redundant experts, policies, intervals
        moesaic --version
 """
 
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         case ["serve", *rest]:
             return _serve(rest)
+        case ["eplb", *rest]:
+            return _eplb(rest)
         case [] | ["--help" | "-h" | "help", *_]:
             print(USAGE, end="")
             return 0 if arguments else 2
@@ -57,6 +61,16 @@ def _serve(arguments: list[str]) -> int:
     except RankFailedError as error:
         print(f"moesaic serve: {error}", file=sys.stderr)
         return 1
+
+
+def _eplb(arguments: list[str]) -> int:
+    from moesaic.launch.eplb_cli import run_eplb
+
+    try:
+        return run_eplb(arguments)
+    except ConfigError as error:
+        print(f"moesaic eplb: {error}", file=sys.stderr)
+        return 2
 
 
 def _load_server() -> Callable[[ServerConfig], int]:

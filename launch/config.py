@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DispatchMode = Literal["auto", "normal", "low_latency"]
+RecorderMode = Literal["stat", "per_pass", "per_token"]
 A2ABackend = Literal["none", "torch", "deepep"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -60,6 +61,18 @@ class ServerConfig:
     moe_runner_backend: Literal["auto", "torch"] = "auto"
     deepep_mode: DispatchMode = "auto"
     deepep_max_dispatch_tokens_per_rank: int = 128
+    # Placement of experts
+    enable_eplb: bool = False
+    ep_num_redundant_experts: int = 0
+    ep_dispatch_algorithm: Literal["static", "dynamic", "probability", "balanced", "activated"] | None = None
+    init_expert_location: str = "trivial"
+    eplb_algorithm: Literal["auto", "deepseek", "deepseek_hierarchical"] = "auto"
+    eplb_rebalance_num_iterations: int = 1000
+    eplb_rebalance_layers_per_chunk: int | None = None
+    eplb_min_rebalancing_utilization_threshold: float = 1.0
+    expert_distribution_recorder_mode: RecorderMode = "stat"
+    expert_distribution_recorder_buffer_size: int = 1000
+    expert_balancedness_report_mode: Literal["off", "server_log"] = "off"
     # Memory and scheduling
     mem_fraction_static: float | None = None
     max_running_requests: int | None = None
@@ -111,6 +124,8 @@ class ResolvedConfig:
     max_total_tokens: int | None
     chunked_prefill_tokens_per_dp: int
     page_size: int
+    recorder_mode: RecorderMode
+    recorder_buffer_size: int
     schedule_policy: Literal["fcfs", "lpm"]
     enable_prefix_cache: bool
     num_threads: int

@@ -22,7 +22,6 @@ from moesaic.launch.engine.rank_spec import RankSpec
 from moesaic.launch.errors import RankFailedError
 from moesaic.launch.node_health import NodeHealthServer, NodeState
 from moesaic.launch.rendezvous import Meeting, NodeWatch, meet
-from moesaic.launch.resolution import Resolution
 from moesaic.launch.startup import Plan, shared_settings
 from moesaic.launch.supervision import SUPERVISION_SECONDS, Supervisor
 from moesaic.launch.topology import Topology
@@ -69,9 +68,9 @@ def watched_nodes(plan: Plan) -> Iterator[NodeWatch | None]:
         watch.close()
 
 
-def rank_specs(resolution: Resolution, endpoints: Endpoints, node_rank: int) -> list[RankSpec]:
+def rank_specs(plan: Plan, endpoints: Endpoints) -> list[RankSpec]:
     """What this node's ranks are told."""
-    topology = resolution.topology
+    resolution, topology = plan.resolution, plan.resolution.topology
     return [
         RankSpec(
             config=resolution.config,
@@ -80,8 +79,10 @@ def rank_specs(resolution: Resolution, endpoints: Endpoints, node_rank: int) -> 
             dist_init_method=endpoints.dist_init_method,
             to_rank_endpoint=endpoints.to_rank[rank],
             from_rank_endpoint=endpoints.from_rank,
+            slots=plan.experts.slots,
+            rebalance=plan.experts.rebalance,
         )
-        for rank in topology.ranks_of_node(node_rank)
+        for rank in topology.ranks_of_node(plan.config.node_rank)
     ]
 
 

@@ -69,6 +69,8 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         max_running_requests_per_dp=_running_requests_per_dp(config, mode),
         max_total_tokens=config.max_total_tokens,
         chunked_prefill_tokens_per_dp=_chunk_tokens_per_dp(config, shape, device),
+        recorder_mode=config.expert_distribution_recorder_mode,
+        recorder_buffer_size=config.expert_distribution_recorder_buffer_size,
         page_size=config.page_size or PAGE_SIZE[device],
         schedule_policy=config.schedule_policy,
         enable_prefix_cache=not config.disable_radix_cache,

@@ -55,7 +55,7 @@ def serve(config: ServerConfig) -> int:
         if config.nnodes > 1:
             console.print(f"meeting {config.nnodes} nodes at {config.dist_init_addr}", highlight=False)
         with plan_endpoints(config) as endpoints, watched_nodes(plan) as watch:
-            workers = WorkerGroup(rank_specs(plan.resolution, endpoints, config.node_rank))
+            workers = WorkerGroup(rank_specs(plan, endpoints))
             if config.node_rank > 0:
                 assert watch is not None
                 return run_other_node(plan, watch, workers, sock)

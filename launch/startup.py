@@ -9,12 +9,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moesaic.launch.args import resolve_model_path
 from moesaic.launch.config import ServerConfig
+from moesaic.launch.conflicts import refuse
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
 from moesaic.launch.hardware import detect_hardware
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
 from moesaic.launch.resolution import Resolution, resolve
@@ -40,6 +42,7 @@ class Plan:
     model: ModelConfig
     shape: ModelShape
     resolution: Resolution
+    experts: ExpertPlan
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, object]
 
@@ -58,12 +61,16 @@ def make_plan(config: ServerConfig) -> Plan:
         raise ConfigError(f"--model-path {config.model_path}: {error}") from None
     shape = model_shape(model)
     resolution = resolve(config, shape, detect_hardware(config.device))
+    refuse(placement_conflicts(config, shape, resolution.topology))
+    experts = plan_experts(config, model, resolution.topology)
+    resolution = replace(resolution, choices=(*resolution.choices, experts.choice()))
     generation = _generation_config(Path(config.model_path))
     return Plan(
         config=config,
         model=model,
         shape=shape,
         resolution=resolution,
+        experts=experts,
         eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
         default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
     )
@@ -97,6 +104,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
     return {
         **flags,
         "the device (--device)": plan.resolution.config.device,
+        "the placement of --init-expert-location (sha256)": plan.experts.digest,
         "config.json of --model-path (sha256)": hashlib.sha256(raw).hexdigest()[:16],
         "moesaic version": version(),
         "torch version": torch.__version__,

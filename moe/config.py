@@ -19,19 +19,19 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlacement:
-    """Which experts a rank holds: a contiguous run of num_experts / ep_size."""
+    """Which slots a rank holds: a contiguous run of num_slots / ep_size."""
 
-    num_experts: int
+    num_slots: int
     ep_size: int
     ep_rank: int
 
     def __post_init__(self) -> None:
-        if self.num_experts % self.ep_size:
-            raise ValueError(f"{self.num_experts} experts can't be split evenly over ep_size {self.ep_size}")
+        if self.num_slots % self.ep_size:
+            raise ValueError(f"{self.num_slots} expert slots can't be split evenly over ep_size {self.ep_size}")
 
     @property
     def num_local(self) -> int:
-        return self.num_experts // self.ep_size
+        return self.num_slots // self.ep_size
 
     @property
     def first(self) -> int:

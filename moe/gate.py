@@ -13,7 +13,7 @@ from moesaic.moe.config import GateConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """ids int64 [T, K] logical experts; weights fp32 [T, K]."""
+    """ids int64 [T, K]: logical experts as the gate chose them, slots once replicas are chosen; weights fp32 [T, K]."""
 
     ids: Tensor
     weights: Tensor

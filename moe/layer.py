@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.activation import swiglu
 from moesaic.kernels.gemm import linear
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertRunner
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import Gate, TopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,20 @@ class DenseMLP:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLayer:
-    """Gate, dispatcher, experts and the shared expert (None when a model has none) of one layer."""
+    """Gate, dispatcher, experts and the shared expert (None when a model has none) of one layer.
 
+    `index` among the sparse layers. `replicas`: logical experts to slots (None: a slot's number is its expert's).
+    """
+
+    index: int
     gate: Gate
+    replicas: ReplicaChoice | None
     dispatcher: Dispatcher[Any]
     experts: ExpertRunner
     shared_expert: DenseMLP | None
+
+    def to_slots(self, topk: TopK) -> TopK:
+        """Logical experts to the slots that this rank's tokens go to."""
+        if self.replicas is None:
+            return topk
+        return TopK(ids=self.replicas.select(self.index, topk.ids), weights=topk.weights)

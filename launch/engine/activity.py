@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+
+from moesaic.eplb.status import RebalanceStatus
 
 
 class Activity:
@@ -11,6 +14,7 @@ class Activity:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.step = 0
+        self.rebalance_status: Callable[[], RebalanceStatus] | None = None
         self._now: tuple[str, float] = ("start", time.monotonic())
 
     def enter(self, operation: str) -> None:

@@ -27,12 +27,14 @@ from moesaic.launch.engine.messages import (
 )
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.plan import Chunk, Plan
+from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.sampler import sample, token_logprobs
 from moesaic.launch.engine.sampling_rows import sampling_batch
 from moesaic.launch.engine.scheduler import Scheduler
 from moesaic.launch.engine.sequence import MAX_TABLE_STOPS, Int64Array, Sequence
 from moesaic.launch.engine.step import HeaderExchange, Step, StepHeader, StepRules, resolve_step
+from moesaic.launch.models.deepseek_v3 import LoadObserver
 from moesaic.launch.models.forward import ForwardInput
 
 RequestMessage = GenerateRequest | AbortRequest
@@ -61,13 +63,17 @@ class RankEngine:
         exchange: HeaderExchange,
         recording: LoadRecording,
         activity: Activity,
+        rebalancing: Rebalancing | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._rules = rules
         self._exchange = exchange
         self._recording = recording
-        self._activity = activity
+        self.activity = activity
+        self._rebalancing = rebalancing
+        if rebalancing is not None:
+            activity.rebalance_status = rebalancing.manager.status
         self._controls: deque[Control] = deque()
         self._outputs: list[RequestOutput] = []
         self._rids: list[int] = []
@@ -92,20 +98,26 @@ class RankEngine:
 
     def step(self, num_messages: int = 0) -> StepResult:
         """One lockstep step. `num_messages`: see StepHeader. Collective."""
-        self._activity.step += 1
-        self._activity.enter("scheduling")
+        self.activity.step += 1
+        self.activity.enter("scheduling")
         plan = self.scheduler.schedule()
+        manager = None if self._rebalancing is None else self._rebalancing.manager
         header = StepHeader(
             num_decode=plan.num_decode,
             num_extend=plan.num_extend,
             num_logits=plan.num_logits,
             num_messages=num_messages,
             control=self._controls[0].control_id if self._controls else 0,
-            has_work=self.scheduler.has_work(),
+            rebalance=0 if manager is None else manager.word(),
+            has_work=self.scheduler.has_work() or (manager is not None and manager.busy),
             stop=self._stop,
         )
-        self._activity.enter("step header exchange")
-        step = resolve_step(self._exchange.exchange(header), self._rules)
+        self.activity.enter("step header exchange")
+        headers = self._exchange.exchange(header)
+        step = resolve_step(headers, self._rules)
+        if manager is not None:
+            self.activity.enter("rebalance")
+            manager.advance([header.rebalance for header in headers], forward=not step.idle)
         if not step.idle:
             self._run(plan, step)
         replies = [self._carry_out(self._controls.popleft())] if step.control else []
@@ -129,7 +141,7 @@ class RankEngine:
         )
 
     def _run(self, plan: Plan, step: Step) -> None:
-        self._activity.enter(f"forward ({step.plan.mode.value} dispatch)")
+        self.activity.enter(f"forward ({step.plan.mode.value} dispatch)")
         device = torch.device(self.runner.config.device)
         batch = build_batch(plan, self.scheduler.table, self.runner.config.page_size, device)
         inputs = ForwardInput(
@@ -139,10 +151,22 @@ class RankEngine:
             logit_rows=batch.logit_rows,
             num_logits_per_dp_rank=step.num_logits,
         )
-        logits = self.runner.forward(inputs, self._recording.observer)
-        self._recording.end_step(sum(step.num_tokens))
-        self._activity.enter("sampling")
+        logits = self.runner.forward(inputs, self._observer())
+        self._recording.end_step(sum(step.num_tokens), "extend" if step.extends else "decode", batch.metadata.positions)
+        self.activity.enter("sampling")
         self._advance(plan, batch, logits)
+
+    def _observer(self) -> LoadObserver | None:
+        """Whoever counts the choices of this step's tokens."""
+        recorder, rebalancing = self._recording.observer, self._rebalancing
+        if recorder is None or rebalancing is None:
+            return recorder if rebalancing is None else rebalancing.observe
+
+        def both(layer_index: int, topk_ids: Tensor) -> None:
+            recorder(layer_index, topk_ids)
+            rebalancing.observe(layer_index, topk_ids)
+
+        return both
 
     def _advance(self, plan: Plan, batch: Batch, logits: Tensor) -> None:
         """Sample, hand the tokens to the scheduler, and write the outputs."""
@@ -226,14 +250,25 @@ class RankEngine:
 
     def _carry_out(self, command: Control) -> ControlReply:
         """A control command, in the same step on every rank."""
-        message = ""
-        if command.command == "flush_cache":
+        message, ok = "", True
+        if command.command == "rebalance":
+            message, ok = self._start_rebalance()
+        elif command.command == "flush_cache":
             message = f"{self.scheduler.cache.flush()} pages freed"
         elif command.command == "shutdown":
             self._stop = True
         else:
             message = self._recording.carry_out(command.command)
-        return ControlReply(control_id=command.control_id, dp_rank=self._recording.dp_rank, ok=True, message=message)
+        return ControlReply(control_id=command.control_id, dp_rank=self._recording.dp_rank, ok=ok, message=message)
+
+    def _start_rebalance(self) -> tuple[str, bool]:
+        """(what to tell the client, whether a cycle begins)."""
+        if self._rebalancing is None:
+            return "experts do not move here: start the server with --enable-eplb", False
+        if self._rebalancing.manager.busy:
+            return "a rebalance is under way", False
+        self._rebalancing.manager.start_now()
+        return "rebalancing", True
 
 
 class Throughput:

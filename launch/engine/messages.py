@@ -14,6 +14,11 @@ from typing import Literal
 
 import msgspec
 
+from moesaic.eplb import status as eplb_status
+
+RebalanceStatus = eplb_status.RebalanceStatus
+"""The state of a rank's rebalance manager, for health and metrics."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, tag=False, omit_defaults=True):
     """How to choose the next token. All values were validated by the HTTP side.
@@ -58,7 +63,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
     """A server-wide command, sent to every rank; each DP leader answers with `ControlReply` of the same `control_id`."""
 
     control_id: int
-    command: Literal["flush_cache", "start_record", "stop_record", "dump_record", "shutdown"]
+    command: Literal["flush_cache", "start_record", "stop_record", "dump_record", "rebalance", "shutdown"]
 
 
 class Wake(msgspec.Struct, frozen=True, kw_only=True, tag="wake"):
@@ -123,7 +128,7 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs", omit
 
 
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag="control_reply"):
-    """Answer of one DP leader to a `Control`. `payload` is msgpack-able data (for dump_record: the file's path)."""
+    """Answer of one DP leader to a `Control`. `message`: what to tell the client (for dump_record: the file's path)."""
 
     control_id: int
     dp_rank: int
@@ -151,12 +156,16 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Sent by a thread of every rank once a second. `operation` is what the rank is in now, for `seconds`."""
+    """Sent by a thread of every rank once a second. `operation` is what the rank is in now, for `seconds`.
+
+    `rebalance`: the state of its rebalance manager, where there is one.
+    """
 
     rank: int
     step: int
     operation: str
     seconds: float
+    rebalance: RebalanceStatus | None = None
 
 
 class RankError(msgspec.Struct, frozen=True, kw_only=True, tag="rank_error"):

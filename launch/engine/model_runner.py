@@ -6,19 +6,23 @@ Knows no requests: it gets a batch of rows and the step's dispatch plan, and ret
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moesaic.attention.backend import make_backend
 from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.eplb.replica_choice import ReplicaChoice
+from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import LoadObserver
+from moesaic.launch.models.expert_slots import expert_location
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
+from moesaic.moe.experts import ExpertWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class RunnerConfig:
     expert_runner: str = "torch"
     fp8_activations: bool = False
     alignment: int = 1
+    slots: SlotOptions = field(default_factory=SlotOptions)
 
 
 class ModelRunner:
@@ -68,19 +73,20 @@ class ModelRunner:
             expert_runner=config.expert_runner,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
+            slots=config.slots,
         )
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
 
     @staticmethod
-    def count_tensors(config: ModelConfig, parallel: ParallelContext) -> int:
+    def count_tensors(config: ModelConfig, parallel: ParallelContext, slots: SlotOptions) -> int:
         """How many tensors a rank reads, for progress bars."""
         dense = min(config.first_k_dense_replace, config.num_hidden_layers)
         sparse = config.num_hidden_layers - dense
         attention = 7 if config.q_lora_rank is None else 9
         shared = 3 if config.n_shared_experts else 0
-        per_sparse = attention + 2 + shared + 3 * config.n_routed_experts // parallel.ep_size
+        per_sparse = attention + 2 + shared + 3 * expert_location(config, parallel, slots).slots_per_gpu
         return 3 + dense * (attention + 3) + sparse * per_sparse
 
     @property
@@ -99,6 +105,16 @@ class ModelRunner:
             dtype=self.config.dtype,
             device=torch.device(self.config.device),
         )
+
+    @property
+    def experts(self) -> list[ExpertWeights]:
+        """This rank's expert slots, sparse layer after sparse layer."""
+        return self._model.experts
+
+    @property
+    def replicas(self) -> ReplicaChoice | None:
+        """What maps logical experts to slots; None where that is the identity for good."""
+        return self._model.replicas
 
     def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None) -> Tensor:
         """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import zmq
 
 from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
 from moesaic.launch.engine.core import RankEngine, RequestMessage, StepResult
 from moesaic.launch.engine.inbox import Inbox
 from moesaic.launch.engine.memory import plan_num_pages
@@ -25,9 +26,9 @@ from moesaic.launch.engine.messages import FromRank, Heartbeat, Progress, RankEr
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import join_process_groups, make_parallel_context, new_group_with_deadline
 from moesaic.launch.engine.rank_spec import RankSpec
-from moesaic.launch.engine.recording import LoadRecording
-from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
-from moesaic.launch.engine.step import HeaderExchange, StepRules
+from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.scheduler import SchedulerConfig
+from moesaic.launch.engine.step import StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.parallel import ParallelContext
 
@@ -78,7 +79,16 @@ def _start_heartbeat(spec: RankSpec, activity: Activity) -> None:
         outbox = Outbox(spec.from_rank_endpoint)
         while True:
             operation, seconds = activity.current()
-            outbox.send(Heartbeat(rank=spec.place.rank, step=activity.step, operation=operation, seconds=seconds))
+            status = activity.rebalance_status
+            outbox.send(
+                Heartbeat(
+                    rank=spec.place.rank,
+                    step=activity.step,
+                    operation=operation,
+                    seconds=seconds,
+                    rebalance=None if status is None else status(),
+                )
+            )
             time.sleep(HEARTBEAT_S)
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
@@ -187,13 +197,15 @@ class RankProcess:
             backend=config.communication_backend,
             timeout_s=config.dist_timeout,
         )
+        new_group = new_group_with_deadline(config.dist_timeout)
         parallel = make_parallel_context(
             spec.topology,
             spec.place,
             a2a_backend=config.moe_a2a_backend,
             dp_lm_head=config.enable_dp_lm_head,
-            new_group=new_group_with_deadline(config.dist_timeout),
+            new_group=new_group,
         )
+        rebalance_group = None if spec.rebalance is None else new_group(tuple(range(spec.topology.world_size)))
         runner = self._load(parallel, phases)
         phases.enter("allocate KV")
         num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, spec.topology.ranks_per_node), parallel)
@@ -208,12 +220,12 @@ class RankProcess:
                 phase_seconds=phases.seconds,
             )
         )
-        return self._engine(runner, parallel, num_pages)
+        return self._engine(runner, num_pages, rebalance_group)
 
     def _load(self, parallel: ParallelContext, phases: PhaseTimer) -> ModelRunner:
         config = self._spec.config
         model_config = load_model_config(config.model_path)
-        total = ModelRunner.count_tensors(model_config, parallel)
+        total = ModelRunner.count_tensors(model_config, parallel, self._spec.slots)
         phases.enter("load weights", total)
         done = 0
 
@@ -234,6 +246,7 @@ class RankProcess:
                 attention_backend=config.attention_backend,
                 expert_runner=config.moe_runner_backend,
                 fp8_activations=config.quantization == "fp8",
+                slots=self._spec.slots,
             ),
             model_config,
             parallel,
@@ -255,10 +268,10 @@ class RankProcess:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=parallel.world_group)
         return int(smallest.item())
 
-    def _engine(self, runner: ModelRunner, parallel: ParallelContext, num_pages: int) -> RankEngine:
+    def _engine(self, runner: ModelRunner, num_pages: int, rebalance_group: dist.ProcessGroup | None) -> RankEngine:
         config, topology = self._spec.config, self._spec.topology
-        scheduler = Scheduler(
-            SchedulerConfig(
+        settings = EngineSettings(
+            scheduler=SchedulerConfig(
                 num_pages=num_pages,
                 page_size=config.page_size,
                 max_running=config.max_running_requests_per_dp,
@@ -266,19 +279,14 @@ class RankProcess:
                 chunk_tokens=config.chunked_prefill_tokens_per_dp,
                 policy=config.schedule_policy,
                 prefix_cache=config.enable_prefix_cache,
-            )
+            ),
+            rules=StepRules(
+                attn_tp_size=topology.attn_tp_size,
+                a2a=config.moe_a2a_backend != "none",
+                mode=config.dispatch_mode,
+                cap=config.max_dispatch_tokens_per_rank,
+            ),
+            recording=RecordingSettings(mode=config.recorder_mode, buffer_size=config.recorder_buffer_size),
+            rebalance=self._spec.rebalance,
         )
-        rules = StepRules(
-            attn_tp_size=topology.attn_tp_size,
-            a2a=config.moe_a2a_backend != "none",
-            mode=config.dispatch_mode,
-            cap=config.max_dispatch_tokens_per_rank,
-        )
-        return RankEngine(
-            scheduler=scheduler,
-            runner=runner,
-            rules=rules,
-            exchange=HeaderExchange(topology.world_size, parallel.world_group),
-            recording=LoadRecording(runner.model_config, parallel, device=runner.config.device),
-            activity=self._activity,
-        )
+        return assemble_engine(settings, runner, self._activity, rebalance_group)

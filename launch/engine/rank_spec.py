@@ -6,8 +6,9 @@ process to this rank's own `to_rank_endpoint` (the rank PULLs), PUSH from every 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.topology import RankPlace, Topology
 
@@ -24,3 +25,5 @@ class RankSpec:
     dist_init_method: str
     to_rank_endpoint: str
     from_rank_endpoint: str
+    slots: SlotOptions = field(default_factory=SlotOptions)
+    rebalance: RebalanceSettings | None = None

@@ -20,8 +20,8 @@ class StepHeader:
     """One rank's word. Ranks of one DP group say the same, but for `num_messages`, which only the leader's counts.
 
     num_messages: messages that the DP group's leader has taken in during this step, to be applied at the start of the next one.
-    control: id of the oldest control command not yet carried out (0: none). has_work: the rank holds requests (running or waiting).
-    stop: the rank was told to shut down.
+    control: id of the oldest control command not yet carried out (0: none). rebalance: the word of the rank's rebalance manager.
+    has_work: the rank holds requests (running or waiting) or moves experts. stop: the rank was told to shut down.
     """
 
     num_decode: int = 0
@@ -29,6 +29,7 @@ class StepHeader:
     num_logits: int = 0
     num_messages: int = 0
     control: int = 0
+    rebalance: int = 0
     has_work: bool = False
     stop: bool = False
 
@@ -47,13 +48,14 @@ class StepRules:
 class Step:
     """num_tokens and num_logits per DP rank.
 
-    `control`: the command that all ranks carry out now, 0 while some rank has not received it. `idle`: nobody runs anything;
-    `quiet`: nobody even has anything waiting.
+    `extends`: some rank computes prompt tokens. `control`: the command that all ranks carry out now, 0 while some rank has not
+    received it. `idle`: nobody runs anything; `quiet`: nobody even has anything waiting.
     """
 
     num_tokens: tuple[int, ...]
     num_logits: tuple[int, ...]
     num_messages: tuple[int, ...]
+    extends: bool
     control: int
     plan: DispatchPlan
     idle: bool
@@ -69,9 +71,10 @@ def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
     if rules.a2a:
         shares = [share_bounds(count, rank, rules.attn_tp_size) for count in num_tokens for rank in range(rules.attn_tp_size)]
         dispatched = tuple(stop - start for start, stop in shares)
+    extends = any(header.num_extend for header in leaders)
     mode = resolve_dispatch_mode(
         rules.mode,
-        any_rank_prefills=any(header.num_extend for header in leaders),
+        any_rank_prefills=extends,
         max_tokens_per_rank=max(dispatched),
         cap=rules.cap,
     )
@@ -82,6 +85,7 @@ def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
         num_tokens=num_tokens,
         num_logits=tuple(header.num_logits for header in leaders),
         num_messages=num_messages,
+        extends=extends,
         control=min(controls) if len(controls) == 1 else 0,
         plan=DispatchPlan(mode=mode, num_tokens_per_rank=dispatched),
         idle=not any(num_tokens),
@@ -117,6 +121,7 @@ def _header(row: list[int]) -> StepHeader:
         num_logits=counts[2],
         num_messages=counts[3],
         control=counts[4],
+        rebalance=counts[5],
         has_work=bool(has_work),
         stop=bool(stop),
     )

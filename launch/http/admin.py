@@ -39,6 +39,10 @@ def _add_probes(router: APIRouter, services: Services) -> None:
         problem = services.client.problem()
         if problem is not None:
             raise unavailable(problem)
+        rebalance = services.client.health.rebalance()
+        if rebalance is not None and rebalance.degraded:
+            # Requests are served all the same: 200, so that no router takes the server out.
+            return json_response({"status": "degraded", "rebalance": rebalance.last_cause or "a planner or a message is stuck"})
         return json_response({"status": "ok"})
 
     @router.get("/health_generate")
@@ -84,6 +88,10 @@ def _add_commands(router: APIRouter, services: Services) -> None:
     @router.api_route("/dump_expert_distribution_record", methods=BOTH)
     async def dump_record() -> Response:
         return await _command(services, "dump_record", "dumped the expert distribution")
+
+    @router.post("/rebalance_experts")
+    async def rebalance_experts() -> Response:
+        return await _command(services, "rebalance", "a rebalance of the experts has begun")
 
     @router.api_route("/start_profile", methods=BOTH)
     @router.api_route("/stop_profile", methods=BOTH)

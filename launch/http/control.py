@@ -12,7 +12,7 @@ from typing import Literal
 
 from moesaic.launch.engine.messages import Control, ControlReply
 
-Command = Literal["flush_cache", "start_record", "stop_record", "dump_record"]
+Command = Literal["flush_cache", "start_record", "stop_record", "dump_record", "rebalance"]
 
 
 class _Call:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from moesaic.launch.engine.messages import Heartbeat
+from moesaic.launch.engine.messages import Heartbeat, RebalanceStatus
 
 # In these a rank waits for work: they may last for ever.
 RESTING = frozenset({"idle", "wait"})
@@ -42,6 +42,11 @@ class HealthMonitor:
     def restart(self) -> None:
         """Count silence from now on: called when serving starts, as ranks may be silent while they load."""
         self._seen = [self._clock()] * len(self._seen)
+
+    def rebalance(self) -> RebalanceStatus | None:
+        """The state of rebalancing: a degraded rank's if there is one, else rank 0's; None where experts do not move."""
+        statuses = [beat.rebalance for beat in self._last if beat is not None and beat.rebalance is not None]
+        return next((status for status in statuses if status.degraded), statuses[0] if statuses else None)
 
     def problem(self) -> str | None:
         now = self._clock()

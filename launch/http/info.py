@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -108,6 +109,7 @@ def _server_info(services: Services) -> dict[str, Any]:
 
 
 def _internal_state(services: Services) -> dict[str, Any]:
+    rebalance = services.client.health.rebalance()
     loads, ready = services.client.loads(), services.client.ready.values()
     return {
         "last_gen_throughput": sum(load.gen_throughput for load in loads),
@@ -118,6 +120,7 @@ def _internal_state(services: Services) -> dict[str, Any]:
             "token_capacity": sum(load.max_total_num_tokens for load in loads),
             "graph": 0.0,
         },
+        "rebalance": None if rebalance is None else asdict(rebalance),
         "load_seconds": {f"rank {rank.rank}": dict(rank.phase_seconds) for rank in ready},
     }
 

@@ -1,7 +1,7 @@
 """Prometheus metrics under SGLang's stems with the prefix `moesaic:`. Counts what the HTTP side sees and shows the
 ranks' loads.
 
-Each server has its own registry. Metrics that nothing produces yet (speculation, rebalancing, PD) are absent, not zero.
+Each server has its own registry. Metrics that nothing produces yet (speculation, PD) are absent, not zero.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moesaic.launch.engine.messages import LoadReport
+from moesaic.launch.engine.messages import LoadReport, RebalanceStatus
 
 PREFIX = "moesaic:"
 TIME_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
@@ -45,6 +45,44 @@ class _Loads(Collector):
             yield family
 
 
+class _Rebalancing(Collector):
+    """The state of the expert rebalance, read when Prometheus asks; nothing where experts do not move."""
+
+    def __init__(self, model: str, status: Callable[[], RebalanceStatus | None]) -> None:
+        self._model = model
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        if status is None:
+            return
+        balancedness = GaugeMetricFamily(
+            PREFIX + "eplb_balancedness", "Mean / max GPU load of the last window", labels=("model_name", "forward_mode")
+        )
+        balancedness.add_metric((self._model, "all"), status.last_balancedness)
+        yield balancedness
+        gauges = {
+            "eplb_degraded": ("1 while the last rebalance was abandoned or a part of it is stuck", float(status.degraded)),
+            "eplb_predicted_balancedness": ("What the last plan promised", status.last_predicted_balancedness),
+            "eplb_last_move_seconds": ("How long the last movement of weights took", status.last_move_s),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
+            gauge.add_metric((self._model,), value)
+            yield gauge
+        cycles = CounterMetricFamily(PREFIX + "eplb_cycles", "Rebalances by how they ended", labels=("model_name", "outcome"))
+        for outcome, count in (
+            ("committed", status.committed_cycles),
+            ("abandoned", status.abandoned_cycles),
+            ("skipped", status.skipped_cycles),
+        ):
+            cycles.add_metric((self._model, outcome), count)
+        yield cycles
+        moved = CounterMetricFamily(PREFIX + "eplb_moved_bytes", "Weights that one rank has received", labels=("model_name",))
+        moved.add_metric((self._model,), status.bytes_moved)
+        yield moved
+
+
 def token_usage(load: LoadReport) -> float:
     return load.num_used_tokens / load.max_total_num_tokens if load.max_total_num_tokens else 0.0
 
@@ -52,10 +90,16 @@ def token_usage(load: LoadReport) -> float:
 class Metrics:
     """Counters and histograms of one server. Times are seconds."""
 
-    def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+    def __init__(
+        self,
+        model: str,
+        loads: Callable[[], Sequence[LoadReport]],
+        rebalance: Callable[[], RebalanceStatus | None] = lambda: None,
+    ) -> None:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_Loads(model, loads))
+        self._registry.register(_Rebalancing(model, rebalance))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self.num_requests = self._counter("num_requests", "Sequences that have ended, however they did")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.config import MLAConfig
 from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
+from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import (
@@ -21,6 +22,7 @@ from moesaic.launch.models.deepseek_v3 import (
     LayerParts,
     SparseDecoderLayer,
 )
+from moesaic.launch.models.expert_slots import choose_replicas, expert_location
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import Shard, WeightSource
 from moesaic.moe.all_gather import AllGatherDispatcher
@@ -42,6 +44,7 @@ class BuildOptions:
     expert_runner: str = "torch"
     fp8_activations: bool = False
     alignment: int = 1
+    slots: SlotOptions = field(default_factory=SlotOptions)
 
 
 class DeepseekV3Builder:
@@ -61,6 +64,9 @@ class DeepseekV3Builder:
         self._backend = backend
         self._options = options
         self._group = AttentionTPGroup(parallel.attn_tp_rank, parallel.attn_tp_size, parallel.attn_tp_group)
+        self._location = expert_location(config, parallel, options.slots)
+        self._replicas = choose_replicas(self._location, parallel, options.slots, options.device)
+        self._experts: list[ExpertWeights] = []
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
@@ -75,6 +81,8 @@ class DeepseekV3Builder:
             head=self._head(),
             parallel=self._parallel,
             group=self._group,
+            experts=self._experts,
+            replicas=self._replicas,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -102,9 +110,8 @@ class DeepseekV3Builder:
             return DenseDecoderLayer(parts, mlp, split=split)
         return SparseDecoderLayer(
             parts,
-            self._moe(f"{prefix}.mlp"),
+            self._moe(f"{prefix}.mlp", index - config.first_k_dense_replace),
             scatter=self._parallel.scatters_tokens,
-            sparse_index=index - config.first_k_dense_replace,
         )
 
     def _attention(self, index: int) -> MultiHeadLatentAttention:
@@ -159,7 +166,7 @@ class DeepseekV3Builder:
         down = self._matrix(f"{prefix}.down_proj.weight", hidden, width, shard=Shard(1, index, count))
         return DenseMLP(gate_up=_out_fastest(torch.cat([gate, up])), down=down, fp8_activations=self._options.fp8_activations)
 
-    def _moe(self, prefix: str) -> SparseLayer:
+    def _moe(self, prefix: str, sparse_index: int) -> SparseLayer:
         config = self._config
         gate = Gate(
             GateConfig(
@@ -179,29 +186,34 @@ class DeepseekV3Builder:
             split = self._parallel.attn_tp_size > 1 and not self._parallel.scatters_tokens
             shared = self._mlp(f"{prefix}.shared_experts", width, split=split)
         placement = ExpertPlacement(
-            num_experts=config.n_routed_experts, ep_size=self._parallel.ep_size, ep_rank=self._parallel.ep_rank
+            num_slots=self._location.num_slots, ep_size=self._parallel.ep_size, ep_rank=self._parallel.ep_rank
         )
+        held = self._location.physical_to_logical[sparse_index, placement.first : placement.first + placement.num_local]
+        experts = self._load_experts(prefix, held.tolist())
+        self._experts.append(experts)
         return SparseLayer(
+            index=sparse_index,
             gate=gate,
+            replicas=self._replicas,
             dispatcher=self._dispatcher(placement),
             experts=make_expert_runner(
                 self._options.expert_runner,
-                self._experts(prefix, placement),
+                experts,
                 fp8_activations=self._options.fp8_activations,
             ),
             shared_expert=shared,
         )
 
-    def _experts(self, prefix: str, placement: ExpertPlacement) -> ExpertWeights:
-        """This rank's experts, filled one by one so that nothing is held twice."""
+    def _load_experts(self, prefix: str, held: list[int]) -> ExpertWeights:
+        """The experts of this rank's slots, filled one by one so that nothing is held twice."""
         config, parallel = self._config, self._parallel
         hidden, width = config.hidden_size, config.moe_intermediate_size
         rows, columns = (Shard(dim, parallel.moe_tp_rank, parallel.moe_tp_size) for dim in (0, 1))
         part = width // parallel.moe_tp_size
-        gate_up = self._expert_tensor(placement.num_local, 2 * part, hidden)
-        down = self._expert_tensor(placement.num_local, hidden, part)
-        for local in range(placement.num_local):
-            name = f"{prefix}.experts.{placement.first + local}"
+        gate_up = self._expert_tensor(len(held), 2 * part, hidden)
+        down = self._expert_tensor(len(held), hidden, part)
+        for local, expert in enumerate(held):
+            name = f"{prefix}.experts.{expert}"
             gate_up[local, :part] = self._tensor(f"{name}.gate_proj.weight", width, hidden, shard=rows)
             gate_up[local, part:] = self._tensor(f"{name}.up_proj.weight", width, hidden, shard=rows)
             down[local] = self._tensor(f"{name}.down_proj.weight", hidden, width, shard=columns)

@@ -16,10 +16,12 @@ from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.dp_attention import AttentionTPGroup, all_gather_rows
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.mla import MultiHeadLatentAttention
+from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.norm import add_rms_norm, rms_norm
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.launch.models.operations import dense_operations, sparse_operations
 from moesaic.launch.models.parallel import ParallelContext
+from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import TopK
 from moesaic.moe.layer import DenseMLP, SparseLayer
 from moesaic.overlap.operations import State, run_straight
@@ -86,11 +88,10 @@ class DenseDecoderLayer(DecoderLayer):
 class SparseDecoderLayer(DecoderLayer):
     """A layer with routed experts. `scatter`: each attention-TP rank dispatches its own share of the rows."""
 
-    def __init__(self, parts: LayerParts, moe: SparseLayer, *, scatter: bool, sparse_index: int) -> None:
+    def __init__(self, parts: LayerParts, moe: SparseLayer, *, scatter: bool) -> None:
         super().__init__(parts)
         self._moe = moe
         self._scatter = scatter
-        self._sparse_index = sparse_index
         self.operations = sparse_operations(self)
 
     def gate(self, state: State) -> None:
@@ -100,8 +101,8 @@ class SparseDecoderLayer(DecoderLayer):
         topk: TopK = self._moe.gate.select(hidden)
         observer: LoadObserver | None = state.peek("observer")
         if observer is not None:
-            observer(self._sparse_index, topk.ids)
-        state.put("topk", topk)
+            observer(self._moe.index, topk.ids)
+        state.put("topk", self._moe.to_slots(topk))
         state.put("hidden", hidden)
 
     def dispatch_a(self, state: State) -> None:
@@ -146,7 +147,7 @@ class Head:
 
 
 class DeepseekV3:
-    """The model of one rank; built by `build_deepseek_v3`."""
+    """The model of one rank; built by `DeepseekV3Builder`. `experts`: this rank's slots, sparse layer after sparse layer."""
 
     def __init__(
         self,
@@ -158,7 +159,11 @@ class DeepseekV3:
         head: Head,
         parallel: ParallelContext,
         group: AttentionTPGroup,
+        experts: list[ExpertWeights],
+        replicas: ReplicaChoice | None,
     ) -> None:
+        self.experts = experts
+        self.replicas = replicas
         self._embedding = embedding
         self._operations = [operation for layer in layers for operation in layer.operations]
         self._final_norm = final_norm

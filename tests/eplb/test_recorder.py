@@ -1,4 +1,4 @@
-"""The load recorder counts every choice once, keeps the last windows only, and its files come back the same."""
+"""The load recorders count every choice once, keep the last windows (or tokens) only, and their files come back the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from moesaic.eplb.load_record import BadLoadRecord, LoadRecord, load
 from moesaic.eplb.recorder import ExpertLoadRecorder
+from moesaic.eplb.token_recorder import ExpertTokenRecorder, load_tokens
 
 LAYER_IDS, NUM_EXPERTS = [1, 2, 5], 4
 
@@ -63,6 +64,7 @@ def test_only_the_last_windows_are_kept(bound: dict[str, int]) -> None:
     assert np.array_equal(record.logical_count, counts[-5:])
     assert record.num_tokens is not None
     assert record.num_tokens.tolist() == num_tokens[-5:]
+    assert record.num_dropped == 12
 
 
 def test_nothing_is_counted_when_stopped_and_a_start_begins_anew() -> None:
@@ -143,6 +145,9 @@ def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
         ("layer_ids", np.array([1, 1, 2], dtype=np.int32), "'layer_ids' must be ascending"),
         ("layer_ids", np.array([-1, 1, 2], dtype=np.int32), "'layer_ids' must be ascending"),
         ("num_tokens", np.array([1], dtype=np.int32), "'num_tokens' must be 2 counts"),
+        ("forward_modes", np.array(["decode"]), "'forward_modes' must be 2 strings"),
+        ("forward_modes", np.array([1, 2]), "'forward_modes' must be 2 strings"),
+        ("num_dropped", np.array(-1), "'num_dropped' must be a number of windows, got -1"),
     ],
 )
 def test_a_bad_file_is_refused_by_field(field: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -185,6 +190,143 @@ def test_files_that_are_no_such_files_are_refused_and_never_run(tmp_path: Path) 
         load(tmp_path / "absent.pt")
     with pytest.raises(BadLoadRecord, match=r"expected a \.npz or \.pt"):
         load(tmp_path / "load.csv")
+
+
+def test_per_pass_keeps_what_each_step_was(tmp_path: Path) -> None:
+    recorder = make(mode="per_pass", max_windows=3)
+    recorder.start()
+    for num_tokens, mode in ((5, "prefill"), (2, "decode"), (0, "idle"), (3, "decode")):
+        recorder.record(0, torch.full((num_tokens, 2), 1))
+        recorder.end_step(num_tokens, mode)
+    for suffix in (".npz", ".pt"):
+        recorder.dump(tmp_path / f"load{suffix}", num_hidden_layers=8)
+        record = load(tmp_path / f"load{suffix}")
+        assert record.forward_modes == ("decode", "idle", "decode")
+        assert record.num_tokens is not None
+        assert record.num_tokens.tolist() == [2, 0, 3]
+        assert record.logical_count[:, record.layer_ids.tolist().index(1), 1].tolist() == [4, 0, 6]
+        assert record.num_dropped == 1
+
+
+def test_an_open_window_pushes_the_oldest_out_of_the_snapshot_only() -> None:
+    recorder = make(steps_per_window=2, max_windows=2)
+    recorder.start()
+    counts, _ = run(recorder, 5)
+    record = recorder.snapshot()
+    assert np.array_equal(record.logical_count, np.stack([counts[2:4].sum(0), counts[4]]))
+    assert record.num_dropped == 1
+    recorder.stop()
+    assert recorder.snapshot().num_dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "per_pass", "steps_per_window": 4}, "steps_per_window must be 1, got 4"),
+        ({"mode": "per_token"}, "no mode 'per_token'; choose one of stat, per_pass"),
+    ],
+)
+def test_a_mode_that_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**wrong)
+
+
+def make_token_recorder(max_tokens: int = 1000) -> ExpertTokenRecorder:
+    token_bytes = len(LAYER_IDS) * 2 * 2 + 16
+    return ExpertTokenRecorder(
+        layer_ids=LAYER_IDS, num_experts=NUM_EXPERTS, top_k=2, max_bytes=max_tokens * token_bytes + token_bytes - 1
+    )
+
+
+def run_tokens(recorder: ExpertTokenRecorder, sizes: list[int], seed: int = 0) -> torch.Tensor:
+    """Steps of these many tokens, positions 10, 11, ... in each; returns all their ids [layers, tokens, 2]."""
+    rng = torch.Generator().manual_seed(seed)
+    steps = [torch.randint(0, NUM_EXPERTS, (len(LAYER_IDS), size, 2), generator=rng) for size in sizes]
+    for ids in steps:
+        for layer_index, layer_ids in enumerate(ids):
+            recorder.record(layer_index, layer_ids)
+        recorder.end_step(torch.arange(ids.shape[1]) + 10)
+    return torch.cat(steps, dim=1)
+
+
+def test_per_token_keeps_every_choice_with_its_step_and_position(tmp_path: Path) -> None:
+    recorder = make_token_recorder()
+    run_tokens(recorder, [3])
+    recorder.start()
+    ids = run_tokens(recorder, [3, 0, 2], seed=1)
+    recorder.stop()
+    run_tokens(recorder, [4])
+    recorder.dump(tmp_path / "tokens.npz", model="demo", domain="prose")
+    record = load_tokens(tmp_path / "tokens.npz")
+    assert np.array_equal(record.topk_ids, ids.numpy())
+    assert record.step_ids.tolist() == [0, 0, 0, 2, 2]
+    assert record.positions.tolist() == [10, 11, 12, 10, 11]
+    assert (record.layer_ids.tolist(), record.num_experts, record.num_dropped) == (LAYER_IDS, NUM_EXPERTS, 0)
+    assert (record.model, record.domain) == ("demo", "prose")
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [12], [1, 11], [4, 8], [7, 2, 3]])
+def test_per_token_keeps_the_last_tokens_and_tells_how_many_it_dropped(sizes: list[int]) -> None:
+    recorder = make_token_recorder(max_tokens=7)
+    recorder.start()
+    ids = run_tokens(recorder, sizes)
+    record = recorder.snapshot()
+    assert np.array_equal(record.topk_ids, ids[:, -7:].numpy())
+    assert record.num_dropped == 5
+    assert record.step_ids.tolist() == np.repeat(np.arange(len(sizes)), sizes)[-7:].tolist()
+
+
+def test_per_token_puts_micro_batches_after_each_other_and_leaves_padding_out() -> None:
+    recorder = make_token_recorder()
+    recorder.start()
+    first, second = torch.tensor([[0, 1], [-1, -1]]), torch.tensor([[2, -1]])
+    for layer_index in range(len(LAYER_IDS)):
+        recorder.record(layer_index, first)
+        recorder.record(layer_index, second)
+    recorder.end_step()
+    first.zero_()
+    record = recorder.snapshot()
+    assert record.topk_ids.tolist() == [[[0, 1], [2, -1]]] * len(LAYER_IDS)
+    assert record.positions.tolist() == [-1, -1]
+
+
+GOOD_TOKENS: dict[str, Any] = {
+    "topk_ids": np.zeros((3, 5, 2), dtype=np.int16),
+    "step_ids": np.zeros(5, dtype=np.int64),
+    "positions": np.zeros(5, dtype=np.int64),
+    "layer_ids": np.array([1, 2, 5], dtype=np.int32),
+    "num_experts": np.array(4),
+    "num_dropped": np.array(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("topk_ids", None, "'topk_ids' is missing"),
+        ("topk_ids", np.zeros((3, 5, 2)), "'topk_ids' must hold integers, got float64"),
+        ("topk_ids", np.zeros((2, 5, 2), dtype=int), r"'topk_ids' must have shape \[3 layers.*\], got \[2, 5, 2\]"),
+        ("topk_ids", np.full((3, 5, 2), 4), "'topk_ids' holds expert 4 for token 0 of layer 1, but there are 4"),
+        ("step_ids", np.zeros(4, dtype=int), "'step_ids' must be 5 numbers"),
+    ],
+)
+def test_a_bad_file_of_tokens_is_refused_by_field(field: str, value: Any, message: str, tmp_path: Path) -> None:
+    fields = {name: content for name, content in {**GOOD_TOKENS, field: value}.items() if content is not None}
+    np.savez(tmp_path / "bad.npz", **fields)
+    with pytest.raises(BadLoadRecord, match=f"bad.npz: field {message}"):
+        load_tokens(tmp_path / "bad.npz")
+
+
+def test_what_is_no_file_of_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(BadLoadRecord, match=r"text.npz: not a readable \.npz"):
+        load_tokens(tmp_path / "text.npz")
+    with pytest.raises(BadLoadRecord, match="no such file"):
+        load_tokens(tmp_path / "absent.npz")
+    with pytest.raises(BadLoadRecord, match=r"must end in \.npz"):
+        make_token_recorder().dump(tmp_path / "tokens.pt")
+    with pytest.raises(ValueError, match="one token takes 28 bytes"):
+        ExpertTokenRecorder(layer_ids=LAYER_IDS, num_experts=NUM_EXPERTS, top_k=2, max_bytes=27)
 
 
 def test_counts_over_int32_survive(tmp_path: Path) -> None:

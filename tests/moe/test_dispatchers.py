@@ -102,14 +102,14 @@ def test_normal_mode_receives_exactly_the_rows_of_its_experts(rank_pool: RankPoo
 
 def test_expert_parallelism_without_a_group_is_refused() -> None:
     with pytest.raises(ValueError, match="over 2 ranks needs a process group"):
-        AllToAllDispatcher(placement=ExpertPlacement(num_experts=4, ep_size=2, ep_rank=0), group=None, alignment=1)
+        AllToAllDispatcher(placement=ExpertPlacement(num_slots=4, ep_size=2, ep_rank=0), group=None, alignment=1)
 
 
 def test_experts_are_split_in_equal_runs_or_refused() -> None:
-    places = [ExpertPlacement(num_experts=12, ep_size=3, ep_rank=rank) for rank in range(3)]
+    places = [ExpertPlacement(num_slots=12, ep_size=3, ep_rank=rank) for rank in range(3)]
     assert [(place.first, place.num_local) for place in places] == [(0, 4), (4, 4), (8, 4)]
-    with pytest.raises(ValueError, match="10 experts can't be split evenly over ep_size 3"):
-        ExpertPlacement(num_experts=10, ep_size=3, ep_rank=0)
+    with pytest.raises(ValueError, match="10 expert slots can't be split evenly over ep_size 3"):
+        ExpertPlacement(num_slots=10, ep_size=3, ep_rank=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -91,7 +91,7 @@ def dispatch_job(rank: int, cases: list[DispatchCase]) -> list[DispatchResult]:
 
 def _run(rank: int, case: DispatchCase) -> DispatchResult:
     moe_tp = case.world // case.ep
-    placement = ExpertPlacement(num_experts=case.num_experts, ep_size=case.ep, ep_rank=rank // moe_tp)
+    placement = ExpertPlacement(num_slots=case.num_experts, ep_size=case.ep, ep_rank=rank // moe_tp)
     source = rank * len(case.counts) // case.world
     hidden, topk = case_inputs(case, source)
     dispatcher = _dispatcher(rank, case, placement, source)

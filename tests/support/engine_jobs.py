@@ -9,14 +9,18 @@ from typing import Any
 import rank_pool
 import torch
 
+from moesaic.eplb.settings import RebalanceSettings, SlotOptions
+from moesaic.eplb.status import RebalanceStatus
 from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
+from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.messages import GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import make_parallel_context
-from moesaic.launch.engine.recording import LoadRecording
-from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
-from moesaic.launch.engine.step import HeaderExchange, StepRules
+from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.scheduler import SchedulerConfig
+from moesaic.launch.engine.step import StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
 
@@ -45,6 +49,9 @@ class EngineSettings:
     alignment: int = 1
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    slots: SlotOptions = field(default_factory=SlotOptions)
+    recording: RecordingSettings = field(default_factory=RecordingSettings)
+    rebalance: RebalanceSettings | None = None
 
     @property
     def topology(self) -> Topology:
@@ -91,13 +98,14 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
             alignment=settings.alignment,
+            slots=settings.slots,
         ),
         load_model_config(settings.model_path),
         parallel,
     )
     runner.allocate_kv(settings.num_pages)
-    scheduler = Scheduler(
-        SchedulerConfig(
+    engine = AssembledSettings(
+        scheduler=SchedulerConfig(
             num_pages=settings.num_pages,
             page_size=settings.page_size,
             max_running=settings.max_running,
@@ -105,22 +113,18 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             chunk_tokens=settings.chunk_tokens,
             policy=settings.policy,
             prefix_cache=settings.prefix_cache,
-        )
+        ),
+        rules=StepRules(
+            attn_tp_size=topology.attn_tp_size,
+            a2a=settings.a2a != "none",
+            mode=settings.mode,  # type: ignore[arg-type]
+            cap=settings.cap,
+        ),
+        recording=settings.recording,
+        rebalance=settings.rebalance,
     )
-    rules = StepRules(
-        attn_tp_size=topology.attn_tp_size,
-        a2a=settings.a2a != "none",
-        mode=settings.mode,  # type: ignore[arg-type]
-        cap=settings.cap,
-    )
-    return RankEngine(
-        scheduler=scheduler,
-        runner=runner,
-        rules=rules,
-        exchange=HeaderExchange(topology.world_size, parallel.world_group),
-        recording=LoadRecording(runner.model_config, parallel),
-        activity=Activity(rank),
-    )
+    group = rank_pool.movement_group_of(tuple(range(settings.tp))) if settings.rebalance is not None else None
+    return assemble_engine(engine, runner, Activity(rank), group)
 
 
 def run_waves(engine: RankEngine, waves: list[list[GenerateRequest]]) -> dict[int, Finished]:
@@ -158,6 +162,31 @@ def engine_job(rank: int, settings: EngineSettings, waves: list[list[GenerateReq
     leaked = settings.num_pages - engine.scheduler.cache.available_pages()
     assert leaked == 0, f"{leaked} pages leaked"
     return finished if place.is_leader else {}
+
+
+def rebalance_job(
+    rank: int, settings: EngineSettings, waves: list[list[GenerateRequest]]
+) -> tuple[dict[int, Finished], RebalanceStatus, int]:
+    """As `engine_job`, with the state of the rank's manager at the end and the number of forwards right after a layer moved."""
+    torch.set_num_threads(1)
+    engine = make_engine(settings, rank)
+    status = engine.activity.rebalance_status
+    assert status is not None, "the settings rebalance"
+    place = settings.topology.place(rank)
+    finished: dict[int, Finished] = {}
+    moved_midway = 0
+    for wave in waves:
+        for i, request in enumerate(wave):
+            if i % settings.dp == place.dp_rank:
+                engine.apply(request)
+        while True:
+            before = status().layers_moved
+            result = engine.step()
+            moved_midway += status().layers_moved > before and not result.step.idle
+            collect(finished, every_output(result.outputs, result.rids, result.tokens))
+            if result.step.quiet:
+                break
+    return finished if place.is_leader else {}, status(), moved_midway
 
 
 def merged(results: list[dict[int, Finished]]) -> dict[int, Finished]:

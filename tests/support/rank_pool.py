@@ -20,12 +20,21 @@ JOB_DEADLINE_S = 60
 GROUPS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))
 """Created once by all workers: torch can't create groups among some processes again and again."""
 
+MOVEMENT_GROUPS = ((0, 1), (0, 1, 2, 3))
+"""Second groups of the same ranks, for messages that must not meet those of a forward."""
+
 _groups: dict[tuple[int, ...], Any] = {}
+_movement_groups: dict[tuple[int, ...], Any] = {}
 
 
 def group_of(ranks: tuple[int, ...]) -> Any:
     """The group of these ranks, inside a worker."""
     return _groups[ranks]
+
+
+def movement_group_of(ranks: tuple[int, ...]) -> Any:
+    """The second group of these ranks, inside a worker."""
+    return _movement_groups[ranks]
 
 
 class RankPool:
@@ -35,7 +44,7 @@ class RankPool:
         self._workers: list[mp.process.BaseProcess] = []
         self._pipes: list[Any] = []
 
-    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = JOB_DEADLINE_S) -> list[Any]:
         """Run a job; raises RuntimeError with the worker's traceback if it fails, TimeoutError if it hangs."""
         if not self._workers:
             self._start()
@@ -43,9 +52,9 @@ class RankPool:
             pipe.send((function, arguments))
         results = []
         for rank, pipe in enumerate(self._pipes[:world_size]):
-            if not pipe.poll(JOB_DEADLINE_S):
+            if not pipe.poll(deadline_s):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {JOB_DEADLINE_S} s")
+                raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {deadline_s:g} s")
             try:
                 ok, value = pipe.recv()
             except EOFError:
@@ -90,6 +99,8 @@ def _work(rank: int, rendezvous: str, pipe: Any) -> None:
     )
     for ranks in GROUPS:
         _groups[ranks] = dist.new_group(list(ranks))
+    for ranks in MOVEMENT_GROUPS:
+        _movement_groups[ranks] = dist.new_group(list(ranks))
     while True:
         try:
             function, arguments = pipe.recv()
