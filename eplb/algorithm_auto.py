@@ -32,7 +32,7 @@ BoolArray = NDArray[np.bool_]
 
 _LEVELLING = ((1.006, 8, 8), (1.0005, 6, 6))
 """Passes of paired swaps: the GPU load to reach, as a multiple of its floor, rounds, and pairs per round. First the outliers."""
-_LAST_AIM, _LAST_ROUNDS = 1.0008, 6
+_LAST_AIM, _LAST_ROUNDS = 1.0008, 2
 """The thorough pass on the heaviest GPU of each layer that is still above its floor."""
 
 

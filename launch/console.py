@@ -35,7 +35,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     config = plan.config
     console.print(f"[bold]moesaic {version()}[/bold]  {plan.model.architecture}  {config.model_path}", highlight=False)
     console.print(summarize_topology(plan.resolution.topology), highlight=False)
-    console.print(render_topology(plan.resolution.topology, plan.shape))
+    num_slots = plan.shape.num_experts + config.ep_num_redundant_experts
+    console.print(render_topology(plan.resolution.topology, num_slots))
     console.print("resolution report")
     console.print(render_report(plan.resolution.choices))
 

@@ -69,6 +69,7 @@ def plan_experts(config: ServerConfig, model: ModelConfig, topology: Topology) -
 
 def _initial_location(config: ServerConfig, model: ModelConfig, trivial: ExpertLocation) -> ExpertLocation:
     """What --init-expert-location describes, in the slots of `trivial`."""
+
     def solve(counts: Int64Array) -> Int64Array:
         wanted = place_experts(
             counts,

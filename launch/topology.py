@@ -115,9 +115,9 @@ class Topology:
         """The ranks that run on one node: consecutive."""
         return range(node_rank * self.ranks_per_node, (node_rank + 1) * self.ranks_per_node)
 
-    def experts_of(self, ep_rank: int, num_experts: int) -> range:
-        """The logical experts that one expert-parallel rank holds: consecutive, equally many on each."""
-        num_local = num_experts // self.ep_size
+    def slots_of(self, ep_rank: int, num_slots: int) -> range:
+        """The expert slots that one expert-parallel rank holds: consecutive, equally many on each."""
+        num_local = num_slots // self.ep_size
         return range(ep_rank * num_local, (ep_rank + 1) * num_local)
 
     @property
@@ -146,15 +146,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def render_topology(topology: Topology, shape: ModelShape) -> Table:
-    """The layout as a table for the terminal, one row per rank."""
+def render_topology(topology: Topology, num_slots: int) -> Table:
+    """The layout as a table for the terminal, one row per rank; `num_slots` expert slots a layer."""
     from rich.table import Table
 
     table = Table()
-    for column in ("rank", "node", "dp_rank", "attn_tp_rank", "ep_rank", "experts"):
+    for column in ("rank", "node", "dp_rank", "attn_tp_rank", "ep_rank", "expert slots"):
         table.add_column(column, justify="right")
     for place in topology.places():
-        experts = topology.experts_of(place.ep_rank, shape.num_experts)
+        slots = topology.slots_of(place.ep_rank, num_slots)
         numbers = (place.rank, place.node_rank, place.dp_rank, place.attn_tp_rank, place.ep_rank)
-        table.add_row(*map(str, numbers), f"{experts.start}..{experts.stop - 1}" if experts else "-")
+        table.add_row(*map(str, numbers), f"{slots.start}..{slots.stop - 1}" if slots else "-")
     return table

@@ -6,6 +6,7 @@ before the process exits with status 1; the launcher does the rest.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ LINGER_MS = 2000
 def run_rank(spec: RankSpec) -> None:
     """Entry point of a rank process; returns after a clean stop, exits with status 1 after an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line = f"%(asctime)s %(levelname)s rank {spec.place.rank} %(name)s: %(message)s"
+    logging.basicConfig(level=spec.config.log_level.upper(), format=line)
     context = zmq.Context()
     activity = Activity(spec.place.rank)
     outbox = Outbox(spec.from_rank_endpoint)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.launch.config import ServerConfig
-from moesaic.launch.topology import ModelShape, RankPlace, Topology, render_topology
+from moesaic.launch.topology import RankPlace, Topology, render_topology
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -63,7 +63,7 @@ def test_one_rank_of_a_mixed_layout_by_hand() -> None:
 def test_experts_are_spread_evenly_over_all_ranks_with_an_all_to_all() -> None:
     topology = Topology.from_config(ServerConfig(model_path="m", tp_size=4, moe_a2a_backend="torch"))
 
-    assert [topology.experts_of(rank, 256) for rank in range(4)] == [
+    assert [topology.slots_of(rank, 256) for rank in range(4)] == [
         range(64),
         range(64, 128),
         range(128, 192),
@@ -78,20 +78,12 @@ def test_dense_layers_follow_attention_unless_told_to_be_whole() -> None:
     assert Topology.from_config(ServerConfig(**flags, moe_dense_tp_size=1)).moe_dense_tp_size == 1
 
 
-def test_the_table_shows_each_rank_with_its_experts() -> None:
+def test_the_table_shows_each_rank_with_its_expert_slots() -> None:
     topology = Topology.from_config(ServerConfig(model_path="m", tp_size=2, moe_a2a_backend="torch"))
-    shape = ModelShape(
-        num_heads=4,
-        num_experts=32,
-        moe_intermediate_size=64,
-        intermediate_size=128,
-        vocab_size=512,
-        context_length=1024,
-    )
     console = Console(width=120, record=True, quiet=True)
     console.quiet = False
     with console.capture() as capture:
-        console.print(render_topology(topology, shape))
+        console.print(render_topology(topology, 32))
 
     rows = [line.replace("│", " ").split() for line in capture.get().splitlines() if ".." in line]
     assert rows == [["0", "0", "0", "0", "0", "0..15"], ["1", "0", "0", "1", "1", "16..31"]]
