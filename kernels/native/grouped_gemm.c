@@ -1,5 +1,6 @@
-// Few rows times large weights. Bound by reading the weights: each expert's weight is read from memory once, its rows wait in registers.
-// A row's sums run over k in order, whatever other rows there are: results don't depend on the batch.
+// Few rows times large weights, expert by expert.
+//
+// Bound by reading the weights: each expert's weight is read from memory once, its rows wait in registers. A row's sums run over k in order, whatever other rows there are: results don't depend on the batch.
 #include "simd.h"
 
 #define WIDE 4  // vectors per column block
