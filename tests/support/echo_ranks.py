@@ -23,6 +23,7 @@ from moesaic.launch.engine.messages import (
     Progress,
     RankError,
     Ready,
+    RebalanceStatus,
     RequestOutput,
     StepOutputs,
     TokenLogprobs,
@@ -50,6 +51,7 @@ class EchoRank:
     config: HttpConfig
     answer: Callable[[GenerateRequest], list[int]] | None = None
     received: list[ToRank] = field(default_factory=list)
+    rebalance: RebalanceStatus | None = None
     paused: bool = False  # takes messages, makes no steps
     silent: bool = False  # sends no heartbeat
     operation: str = "idle"
@@ -98,7 +100,15 @@ class EchoRank:
             while not self._ended.is_set():
                 if not self.silent and time.monotonic() >= beat_at:
                     beat_at = time.monotonic() + 0.05
-                    self._send(Heartbeat(rank=self.rank, step=0, operation=self.operation, seconds=self.operation_seconds))
+                    self._send(
+                        Heartbeat(
+                            rank=self.rank,
+                            step=0,
+                            operation=self.operation,
+                            seconds=self.operation_seconds,
+                            rebalance=self.rebalance,
+                        )
+                    )
                 if self.error is not None:
                     self._send(self.error)
                     return
