@@ -13,6 +13,7 @@ The HTTP process binds the ZMQ endpoints and the ranks connect; rank 0 binds tor
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import tempfile
@@ -91,8 +92,29 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+    """Named after this process, so that a later server can remove what one that was killed has left."""
+    prefix = f"moesaic-{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     if len(f"{folder}/to9999") > MAX_SOCKET_PATH_BYTES:
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="moesaic-", dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    _remove_orphans(folder.parent)
     return folder
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Remove this user's folders of servers that are gone."""
+    for folder in parent.glob("moesaic-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)  # another user's stays: the system refuses
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

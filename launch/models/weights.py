@@ -85,21 +85,21 @@ class CheckpointWeights:
         stored = self._slice(name)
         found = tuple(stored.get_shape())
         if found != shape:
-            raise CheckpointError(f"{self._file_of[name]}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+            raise CheckpointError(f"{self._path(name)}: {name} has shape {list(found)}, the config asks for {list(shape)}")
         value = _cut(stored, shard)
         if value.dtype == FP8:
             value = self._dequantized(name, value, shape, dtype, shard)
         elif value.dtype in PLAIN_DTYPES:
             value = value.to(dtype, copy=True)
         else:
-            raise CheckpointError(f"{self._file_of[name]}: {name} has dtype {value.dtype}, which is no weight dtype")
+            raise CheckpointError(f"{self._path(name)}: {name} has dtype {value.dtype}, which is no weight dtype")
         self._on_tensor(value.nbytes)
         return value
 
     def _dequantized(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None) -> Tensor:
         """An FP8 shard in dtype; reads just the scales of the blocks that it touches."""
         if len(shape) != 2:
-            raise CheckpointError(f"{self._file_of[name]}: {name} is FP8 with shape {list(shape)}; only matrices have scale blocks")
+            raise CheckpointError(f"{self._path(name)}: {name} is FP8 with shape {list(shape)}; only matrices have scale blocks")
         starts, stops = [0, 0], list(shape)
         if shard is not None:
             starts[shard.dim], stops[shard.dim] = shard.bounds(shape[shard.dim])
@@ -108,7 +108,7 @@ class CheckpointWeights:
         wanted = [-(-size // BLOCK) for size in shape]
         if list(stored.get_shape()) != wanted:
             raise CheckpointError(
-                f"{self._file_of[scale_name]}: {scale_name} has shape {stored.get_shape()}, "
+                f"{self._path(scale_name)}: {scale_name} has shape {stored.get_shape()}, "
                 f"128x128 blocks of {list(shape)} ask for {wanted}"
             )
         blocks = [slice(start // BLOCK, -(-stop // BLOCK)) for start, stop in zip(starts, stops, strict=True)]
@@ -125,6 +125,9 @@ class CheckpointWeights:
             return self._files[file_name].get_slice(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._folder / file_name}: can't read {name}: {error}") from error
+
+    def _path(self, name: str) -> Path:
+        return self._folder / self._file_of[name]
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name."""
