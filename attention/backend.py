@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moesaic.attention.kv_pool import LatentKVPool
-from moesaic.attention.metadata import AttentionMetadata, DecodeBucket, ExtendSequence
+from moesaic.attention.metadata import AttentionMetadata, DecodeBucket
 from moesaic.kernels.mla_decode import mla_decode
 from moesaic.kernels.mla_prefill import mla_prefill
 
@@ -28,12 +28,12 @@ class AttentionBackend(Protocol):
         """Absorbed query [num_decode, heads, latent_dim] -> latent output [num_decode, heads, value_dim]."""
         ...
 
-    def latent_context(self, pool: LatentKVPool, layer: int, sequence: ExtendSequence) -> Tensor:
-        """Latent rows [prefix_len + length, latent_dim] of one extend sequence."""
+    def latent_context(self, pool: LatentKVPool, layer: int, pages: Tensor) -> Tensor:
+        """Latent rows of the pages int64 [P], one after the other: [P * page_size, latent_dim]."""
         ...
 
-    def extend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        """Causal attention of the last positions: [heads, T, D], [heads, L, D], [heads, L, V] -> [heads, T, V]."""
+    def extend(self, query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
+        """Causal attention of packed chunks, as `mla_prefill`: [T, heads, D] -> [T, heads, V]."""
         ...
 
 
@@ -71,12 +71,11 @@ class TorchBackend:
             scale=scale,
         )
 
-    def latent_context(self, pool: LatentKVPool, layer: int, sequence: ExtendSequence) -> Tensor:
-        length = sequence.prefix_len + sequence.length
-        return pool.gather(layer, sequence.pages.unsqueeze(0))[0, :length]
+    def latent_context(self, pool: LatentKVPool, layer: int, pages: Tensor) -> Tensor:
+        return pool.gather(layer, pages.unsqueeze(0))[0]
 
-    def extend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-        return mla_prefill(query, key, value, scale=scale)
+    def extend(self, query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
+        return mla_prefill(query, key, key_rope, value, chunks, scale=scale)
 
 
 def make_backend(name: str) -> AttentionBackend:

@@ -1,11 +1,12 @@
 """What one step's attention must know of its sequences; derived once per step on the CPU, used by every layer.
 
 Rows of a step: first `num_decode` decode rows (one token per sequence), then the extend rows, sequence after sequence.
+Fields of AttentionMetadata declare the axis along which the step may be split in two at a row (the words of overlap/split.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -36,7 +37,10 @@ class DecodeBucket:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendSequence:
-    """A chunk of prompt: rows [start, start + length) of the step on top of `prefix_len` cached tokens. pages int64 [P]."""
+    """A chunk of prompt: rows [start, start + length) of the step on top of `prefix_len` cached tokens.
+
+    pages int64 [P] hold these prefix_len + length tokens; further ones may follow.
+    """
 
     start: int
     length: int
@@ -44,15 +48,61 @@ class ExtendSequence:
     pages: Tensor
 
 
+def _split_num_decode(num_decode: int, cut: int) -> tuple[int, int]:
+    first = min(num_decode, cut)
+    return first, num_decode - first
+
+
+def _split_buckets(buckets: tuple[DecodeBucket, ...], cut: int) -> tuple[tuple[DecodeBucket, ...], tuple[DecodeBucket, ...]]:
+    """Each bucket's sequences of either side; buckets that one side has nothing of are left out there."""
+    halves = [_split_bucket(bucket, cut) for bucket in buckets]
+    first, second = (tuple(half[side] for half in halves if len(half[side].seq_lens)) for side in (0, 1))
+    return first, second
+
+
+def _split_bucket(bucket: DecodeBucket, cut: int) -> tuple[DecodeBucket, DecodeBucket]:
+    """The padding stays. Named rows are selected by value, for which a device is waited for."""
+    table, lens = bucket.page_table, bucket.seq_lens
+    if bucket.rows is None:
+        return (
+            replace(bucket, page_table=table[:cut], seq_lens=lens[:cut]),
+            replace(bucket, page_table=table[cut:], seq_lens=lens[cut:]),
+        )
+    first = torch.nonzero(bucket.rows < cut).flatten()
+    second = torch.nonzero(bucket.rows >= cut).flatten()
+    return (
+        replace(bucket, rows=bucket.rows[first], page_table=table[first], seq_lens=lens[first]),
+        replace(bucket, rows=bucket.rows[second] - cut, page_table=table[second], seq_lens=lens[second]),
+    )
+
+
+def _split_extends(extends: tuple[ExtendSequence, ...], cut: int) -> tuple[tuple[ExtendSequence, ...], tuple[ExtendSequence, ...]]:
+    """Sequences of either side. In one that the cut goes through, the first part is the second part's prefix."""
+    first, second = [], []
+    for sequence in extends:
+        before = min(max(cut - sequence.start, 0), sequence.length)
+        after = sequence.length - before
+        if before:
+            first.append(replace(sequence, length=before))
+        if after:
+            start = max(sequence.start - cut, 0)
+            second.append(replace(sequence, start=start, length=after, prefix_len=sequence.prefix_len + before))
+    return tuple(first), tuple(second)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
-    """positions int64 [T] within each sequence; slots int64 [T] in the KV pool for the step's own tokens."""
+    """positions int64 [T] within each sequence; slots int64 [T] in the KV pool for the step's own tokens.
 
-    positions: Tensor
-    slots: Tensor
-    num_decode: int
-    buckets: tuple[DecodeBucket, ...]
-    extends: tuple[ExtendSequence, ...]
+    Split inside a sequence, the second half reads KV rows that the first half writes: in every layer the first half's latent rows
+    must be in the pool before the second half attends.
+    """
+
+    positions: Tensor = field(metadata={"axis": "rows"})
+    slots: Tensor = field(metadata={"axis": "rows"})
+    num_decode: int = field(metadata={"axis": _split_num_decode})
+    buckets: tuple[DecodeBucket, ...] = field(metadata={"axis": _split_buckets})
+    extends: tuple[ExtendSequence, ...] = field(metadata={"axis": _split_extends})
 
 
 def _bucket_bounds(sorted_lens: Int64Array) -> list[int]:

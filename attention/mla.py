@@ -14,10 +14,13 @@ from torch import Tensor
 
 from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.config import MLAConfig
+from moesaic.attention.extend_groups import ExtendGroup, extend_groups
 from moesaic.attention.kv_pool import LatentKVPool
-from moesaic.attention.metadata import AttentionMetadata, ExtendSequence
+from moesaic.attention.metadata import AttentionMetadata
 from moesaic.kernels.gemm import linear
+from moesaic.kernels.head_product import head_product
 from moesaic.kernels.latent_write import write_latent
+from moesaic.kernels.mla_prefill import padded_rows
 from moesaic.kernels.norm import rms_norm
 from moesaic.kernels.rope import apply_rope
 
@@ -28,7 +31,8 @@ class MLAWeights:
 
     `down` maps hidden to (query latent or the full queries, KV latent, rotary key) in one product; `q_up` maps the query latent to
     the rank's queries [N * (nope + rope), q_lora] (None when q_lora_rank is null: `down` holds the queries themselves).
-    `kv_up_key` [N, nope, kv_lora] and `kv_up_value` [N, v, kv_lora] are the two halves of kv_b_proj; `output` [H, N * v].
+    `kv_up_key` [N, nope, kv_lora] and `kv_up_value` [N, v, kv_lora] are the two halves of kv_b_proj (N and v should run
+    fastest in the memory of kv_up_value: decode reads it with v as columns); `output` [H, N * v].
     """
 
     down: Tensor
@@ -40,14 +44,6 @@ class MLAWeights:
     output: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Queries:
-    """Queries of a step: without position [T, N, nope], and rotated [T, N, rope]."""
-
-    nope: Tensor
-    rope: Tensor
-
-
 class MultiHeadLatentAttention:
     """Stage methods of one layer; the caller reduces the output over the attention-TP group."""
 
@@ -57,18 +53,17 @@ class MultiHeadLatentAttention:
         self._layer = layer
         self._rope_table = rope_table
 
-    def prepare(self, hidden: Tensor, metadata: AttentionMetadata, pool: LatentKVPool) -> Queries:
-        """hidden [T, H] (normalised) -> queries; writes the step's latent KV rows into the pool."""
+    def prepare(self, hidden: Tensor, metadata: AttentionMetadata, pool: LatentKVPool) -> Tensor:
+        """hidden [T, H] (normalised) -> queries [T, N, nope + rope], rotated; writes the step's latent KV rows into the pool."""
         config, weights = self._config, self._weights
         projected = linear(hidden, weights.down, fp8_activations=config.fp8_activations)
         query_width = projected.shape[1] - config.latent_dim
-        query, latent = torch.split(projected, [query_width, config.latent_dim], dim=1)
+        query, latent = projected[:, :query_width], projected[:, query_width:]
         if weights.q_up is not None:
             assert weights.q_norm is not None, "a query latent comes with its norm"
             query = rms_norm(query, weights.q_norm, config.rms_norm_eps)
             query = linear(query, weights.q_up, fp8_activations=config.fp8_activations)
         heads = query.view(-1, config.num_heads, config.qk_head_dim)
-        nope, rope = torch.split(heads, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
         write_latent(
             latent,
             weights.kv_norm,
@@ -78,47 +73,48 @@ class MultiHeadLatentAttention:
             slots=metadata.slots,
             pool_rows=pool.rows(self._layer),
         )
-        return Queries(nope=nope, rope=apply_rope(rope, self._rope_table, metadata.positions))
+        apply_rope(heads[..., config.qk_nope_head_dim :], self._rope_table, metadata.positions)
+        return heads
 
-    def core(self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
+    def core(self, queries: Tensor, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         """Attention output of this rank's heads, [T, N * v]."""
         parts = []
         if metadata.num_decode:
             parts.append(self._decode(queries, metadata, pool, backend))
-        parts.extend(self._extend(queries, sequence, pool, backend) for sequence in metadata.extends)
+        groups = extend_groups(metadata.extends, pool.page_size)
+        parts.extend(self._extend(queries, group, pool, backend) for group in groups)
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return queries.nope.new_zeros(0, self._config.num_heads * self._config.v_head_dim)
+            return queries.new_zeros(0, self._config.num_heads * self._config.v_head_dim)
         return torch.cat(parts)
 
     def output(self, attended: Tensor) -> Tensor:
         """[T, N * v] -> this rank's partial sum of the output projection, [T, H]."""
         return linear(attended, self._weights.output, fp8_activations=self._config.fp8_activations)
 
-    def _decode(self, queries: Queries, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
-        rows = metadata.num_decode
-        absorbed = torch.bmm(queries.nope[:rows].transpose(0, 1), self._weights.kv_up_key).transpose(0, 1)
-        query = torch.cat([absorbed, queries.rope[:rows]], dim=2)
-        latent = backend.decode(
-            query, pool, self._layer, metadata, value_dim=self._config.kv_lora_rank, scale=self._config.softmax_scale
-        )
-        value = torch.bmm(latent.transpose(0, 1), self._weights.kv_up_value.transpose(1, 2))
-        return value.transpose(0, 1).reshape(rows, -1)
-
-    def _extend(self, queries: Queries, sequence: ExtendSequence, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
+    def _decode(self, queries: Tensor, metadata: AttentionMetadata, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
         config, weights = self._config, self._weights
-        rows = slice(sequence.start, sequence.start + sequence.length)
-        context = backend.latent_context(pool, self._layer, sequence).to(queries.nope.dtype)
-        latent, key_rope = torch.split(context, [config.kv_lora_rank, config.qk_rope_head_dim], dim=1)
-        key = torch.cat(
-            [
-                torch.matmul(latent, weights.kv_up_key.transpose(1, 2)),
-                key_rope.expand(config.num_heads, *key_rope.shape),
-            ],
-            dim=2,
+        rows = metadata.num_decode
+        query = head_product(queries[:rows], weights.kv_up_key, tail=config.qk_rope_head_dim)
+        latent = backend.decode(query, pool, self._layer, metadata, value_dim=config.kv_lora_rank, scale=config.softmax_scale)
+        return head_product(latent, weights.kv_up_value.transpose(1, 2)).view(rows, -1)
+
+    def _extend(self, queries: Tensor, group: ExtendGroup, pool: LatentKVPool, backend: AttentionBackend) -> Tensor:
+        config, weights = self._config, self._weights
+        query = queries[group.start : group.stop].contiguous()
+        context = backend.latent_context(pool, self._layer, group.pages).to(query.dtype)
+        latent, length = context[:, : config.kv_lora_rank], len(context)
+        key = padded_rows(query, config.num_heads * config.qk_nope_head_dim, length)
+        torch.mm(weights.kv_up_key.flatten(0, 1), latent.t(), out=key)
+        key_rope = padded_rows(query, config.qk_rope_head_dim, length).copy_(context[:, config.kv_lora_rank :].t())
+        value = torch.mm(latent, weights.kv_up_value.flatten(0, 1).t())
+        attended = backend.extend(
+            query,
+            key.view(config.num_heads, config.qk_nope_head_dim, length),
+            key_rope,
+            value.view(length, config.num_heads, config.v_head_dim),
+            group.chunks,
+            scale=config.softmax_scale,
         )
-        value = torch.matmul(latent, weights.kv_up_value.transpose(1, 2))
-        query = torch.cat([queries.nope[rows], queries.rope[rows]], dim=2).transpose(0, 1)
-        attended = backend.extend(query, key, value, scale=config.softmax_scale)
-        return attended.transpose(0, 1).reshape(sequence.length, -1)
+        return attended.view(len(query), -1)

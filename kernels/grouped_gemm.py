@@ -7,6 +7,7 @@ one batched product when most experts have rows, one product per active expert w
 from __future__ import annotations
 
 import ctypes
+from array import array
 
 import numpy as np
 import torch
@@ -49,17 +50,16 @@ def _out_fastest(weight: Tensor) -> bool:
 def _native(native: ctypes.CDLL, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     num_experts, width, depth = weight.shape
     out = x.new_empty(x.shape[0], width)
-    numbers = ctypes.c_int64 * num_experts
+    given, room = array("q", counts), torch.empty(2 * num_experts, dtype=torch.int64)
     native.grouped_gemm(
         x.data_ptr(),
         weight.data_ptr(),
-        numbers(*counts),
+        given.buffer_info()[0],
         num_experts,
         depth,
         width,
         out.data_ptr(),
-        numbers(),
-        numbers(),
+        room.data_ptr(),
         torch.get_num_threads(),
     )
     return out

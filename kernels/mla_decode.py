@@ -7,6 +7,11 @@ from torch import Tensor
 
 from moesaic.kernels.native.library import kernels_for
 
+HEADS_AT_ONCE = 4
+"""Heads that share one reading of a latent row (mla.c)."""
+LONGEST_VECTOR = 16
+"""Elements that the native kernel may write after a head's scores."""
+
 
 def mla_decode(
     query: Tensor, pool_rows: Tensor, page_table: Tensor, seq_lens: Tensor, *, page_size: int, value_dim: int, scale: float
@@ -24,7 +29,8 @@ def mla_decode(
     longest = page_table.shape[1] * page_size
     threads = torch.get_num_threads()
     out = query.new_empty(num_rows, heads, value_dim)
-    scratch = query.new_empty(threads * 4 * longest)
+    scores = query.new_empty(threads * HEADS_AT_ONCE * (longest + LONGEST_VECTOR))
+    rows = torch.empty(threads * longest, dtype=torch.int64)
     native.mla_decode(
         query.data_ptr(),
         pool_rows.data_ptr(),
@@ -38,8 +44,8 @@ def mla_decode(
         page_size,
         scale,
         out.data_ptr(),
-        scratch.data_ptr(),
-        longest,
+        scores.data_ptr(),
+        rows.data_ptr(),
         threads,
     )
     return out

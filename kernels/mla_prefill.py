@@ -1,14 +1,84 @@
-"""MLA prefill in materialised form: keys and values are expanded from the latent, then ordinary causal attention."""
+"""MLA prefill in materialised form: keys and values are expanded from the latent, then ordinary causal attention.
+
+The chunks of several prompts are packed: T query rows, L rows of context. `chunks` int64 [S, 4], on the CPU, has for each its
+first query row, its number of rows, its first context row and the number of cached tokens before it; a chunk's queries are the
+last of its context.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from moesaic.kernels.native.library import kernels_for
+
 QUERY_BLOCK = 1024
+KEY_PADDING = 16
+"""Elements after each row of keys that the native kernel may read (never use): its vectors are at most this long."""
+
+ROWS_AT_ONCE = 6
+"""Queries whose scores the native kernel holds at once, at most (product.h)."""
 
 
-def mla_prefill(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+def mla_prefill(query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
+    """query [T, heads, K + R] (with rotary part), key [heads, K, L] and key_rope [R, L] (shared by the heads), both in the memory
+    of `padded_rows`, value [L, heads, V] -> [T, heads, V].
+    """
+    heads, depth, length = key.shape
+    stride = key.stride(1)
+    padded = key.stride(2) == key_rope.stride(1) == 1 and key_rope.stride(0) == stride >= length + KEY_PADDING
+    native = kernels_for(query)
+    if native is None or not padded or key.stride(0) != depth * stride or not (query.is_contiguous() and value.is_contiguous()):
+        return mla_prefill_reference(query, key, key_rope, value, chunks, scale=scale)
+    threads, room = torch.get_num_threads(), length + KEY_PADDING
+    out = query.new_empty(query.shape[0], heads, value.shape[2])
+    scratch = query.new_empty(threads * ROWS_AT_ONCE * room)
+    native.mla_prefill(
+        query.data_ptr(),
+        key.data_ptr(),
+        key_rope.data_ptr(),
+        stride,
+        value.data_ptr(),
+        chunks.data_ptr(),
+        len(chunks),
+        heads,
+        depth,
+        key_rope.shape[0],
+        value.shape[2],
+        scale,
+        out.data_ptr(),
+        scratch.data_ptr(),
+        room,
+        threads,
+    )
+    return out
+
+
+def padded_rows(like: Tensor, num_rows: int, length: int) -> Tensor:
+    """Uninitialised [num_rows, length] with room behind each row. Rows lie an odd number of cache lines apart, so that those of one
+    column don't compete for the same cache set.
+    """
+    stride = -(-(length + KEY_PADDING) // (2 * KEY_PADDING)) * 2 * KEY_PADDING + KEY_PADDING
+    return like.new_empty(num_rows, stride)[:, :length]
+
+
+def mla_prefill_reference(query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
+    """The same in torch, any device and dtype, one chunk after the other."""
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    for first_row, num_rows, first_key, prefix in chunks.tolist():
+        context = slice(first_key, first_key + prefix + num_rows)
+        shared = key_rope[:, context].expand(key.shape[0], -1, -1)
+        attended = causal_attention(
+            query[first_row : first_row + num_rows].transpose(0, 1),
+            torch.cat([key[:, :, context], shared], dim=1).transpose(1, 2),
+            value[context].transpose(0, 1),
+            scale=scale,
+        )
+        out[first_row : first_row + num_rows] = attended.transpose(0, 1)
+    return out
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
     """query [heads, T, D], key [heads, L, D], value [heads, L, V] with L >= T -> [heads, T, V].
 
     The queries are the last T of the L positions. Long chunks run in blocks of queries so that no mask is larger than

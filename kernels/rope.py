@@ -68,13 +68,13 @@ def rope_table(config: RopeConfig, num_positions: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """x [T, heads, dim] rotated by the rows `positions` int64 [T] of a table complex64 [num_positions, dim / 2].
+    """x [T, heads, dim], rotated in place by the rows `positions` int64 [T] of a table complex64 [num_positions, dim / 2].
 
-    Returns x's dtype; the multiplication is fp32. x may be overwritten.
+    The multiplication is fp32. Returns x.
     """
     native = kernels_for(x)
     if native is None or x.stride(2) != 1:
-        return apply_rope_reference(x, table, positions)
+        return x.copy_(apply_rope_reference(x, table, positions))
     native.rope_in_place(x.data_ptr(), x.stride(0), x.stride(1), table.data_ptr(), positions.data_ptr(), *x.shape)
     return x
 

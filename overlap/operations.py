@@ -6,9 +6,9 @@ to a later one; it refuses to overwrite a value and to end with values nobody to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 
 class State:
@@ -41,10 +41,21 @@ class State:
 
 @dataclass(frozen=True)
 class Operation:
-    """`name` appears in errors and timelines."""
+    """`name` is what it does, the same in every layer; `layer` says where, for errors and timelines."""
 
     name: str
     run: Callable[[State], None]
+    layer: int | None = None
+
+    @property
+    def title(self) -> str:
+        """`gate of layer 3`."""
+        return titled(self.name, self.layer)
+
+
+def titled(name: str, layer: int | None) -> str:
+    """How an operation is called in errors and timelines."""
+    return name if layer is None else f"{name} of layer {layer}"
 
 
 @dataclass(frozen=True)
@@ -56,15 +67,41 @@ OperationList = Sequence[Operation | YieldOperation]
 
 
 class OperationError(RuntimeError):
-    """An operation raised; the cause is chained."""
+    """An operation raised; the cause is chained. micro_batch: None when the batch was not split."""
+
+    def __init__(self, operation: Operation, micro_batch: int | None, cause: Exception) -> None:
+        where = "" if micro_batch is None else f" in micro-batch {micro_batch}"
+        super().__init__(f"operation {operation.title} failed{where}: {cause}")
+        self.operation = operation
+        self.micro_batch = micro_batch
 
 
-def run_straight(operations: Iterator[Operation | YieldOperation] | OperationList, state: State) -> None:
-    """Run one list from start to end. Raises OperationError that names the operation which failed."""
-    for operation in operations:
-        if isinstance(operation, YieldOperation):
-            continue
+class Recorder(Protocol):
+    """Is told when the CPU enters an operation and when it comes back, in the thread that runs it. See timeline.py."""
+
+    def enter(self, operation: Operation, micro_batch: int) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+def run_stage(stage: Iterable[Operation], state: State, micro_batch: int | None, recorder: Recorder | None) -> None:
+    """Run operations in order. micro_batch: None when the batch was not split (recorded as 0). Raises OperationError."""
+    if recorder is not None:
+        _run_recorded(stage, state, micro_batch, recorder)
+        return
+    for operation in stage:
         try:
             operation.run(state)
         except Exception as error:
-            raise OperationError(f"operation {operation.name} failed: {error}") from error
+            raise OperationError(operation, micro_batch, error) from error
+
+
+def _run_recorded(stage: Iterable[Operation], state: State, micro_batch: int | None, recorder: Recorder) -> None:
+    for operation in stage:
+        recorder.enter(operation, micro_batch or 0)
+        try:
+            operation.run(state)
+        except Exception as error:
+            raise OperationError(operation, micro_batch, error) from error
+        finally:
+            recorder.leave()

@@ -48,7 +48,7 @@ def shared_object() -> Path:
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.c"))
     digest = hashlib.sha256(" ".join((compiler, *FLAGS, _processor())).encode())
-    for path in (*sources, folder / "simd.h"):
+    for path in (*sources, *sorted(folder.glob("*.h"))):
         digest.update(path.read_bytes())
     cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "moesaic")
     target = cache / f"kernels-{digest.hexdigest()[:20]}.so"

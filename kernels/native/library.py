@@ -17,7 +17,8 @@ from moesaic.kernels.native.build import CompilerError, shared_object
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[type]] = {
-    "grouped_gemm": [_P, _P, _P, _I, _I, _I, _P, _P, _P, _N],
+    "grouped_gemm": [_P, _P, _P, _I, _I, _I, _P, _P, _N],
+    "head_product": [_P, _I, _I, _P, _I, _I, _I, _I, _I, _I, _I, _P, _N],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _N],
     "add_rms_norm": [_P, _P, _P, _I, _I, _F, _P, _P, _N],
     "swiglu": [_P, _I, _I, _P, _N],
@@ -26,7 +27,8 @@ SIGNATURES: dict[str, list[type]] = {
     "sort_choices": [_P, _I, _I, _I, _P, _P, _P, _P],
     "rope_in_place": [_P, _I, _I, _P, _P, _I, _I, _I],
     "write_latent": [_P, _I, _P, _F, _I, _I, _P, _P, _P, _I, _P],
-    "mla_decode": [_P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P, _I, _N],
+    "mla_decode": [_P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P, _P, _N],
+    "mla_prefill": [_P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _P, _P, _I, _N],
 }
 
 
@@ -55,6 +57,4 @@ def status() -> Status:
 
 def kernels_for(x: Tensor) -> ctypes.CDLL | None:
     """The library if it can work on tensors like `x` (fp32 on the CPU), else None."""
-    if x.dtype is torch.float32 and x.device.type == "cpu":
-        return status().library
-    return None
+    return status().library if x.dtype is torch.float32 and x.is_cpu else None

@@ -1,9 +1,11 @@
 // MLA on one step's rows: rotary embedding, the latent KV write, and decode in absorbed form straight over the pages.
 #include <math.h>
+#include <string.h>
 
-#include "simd.h"
+#include "attention.h"
 
-#define HEADS 4  // heads that share one reading of a latent row
+#define HEADS 4                 // heads that share one reading of a latent row
+#define TOKENS (LANES / HEADS)  // rows whose scores with these heads fill one vector
 
 static void rotate(const float *x, const float *rotation, int64_t dim, float *out) {
     for (int64_t i = 0; i < dim; i += 2) {
@@ -35,105 +37,100 @@ void write_latent(const float *x, int64_t stride, const float *weight, float eps
     }
 }
 
-typedef struct {
-    const float *pool;
-    const int64_t *pages;
-    int64_t page_size, D;
-} Rows;
+// Lane j of a pair of vectors folded by `width`: the first of the two lanes whose sum it becomes (those of the second vector from LANES on).
+#define LANE(j, width) ((j) & (width) ? LANES + (j) - (width) : (j))
+#define FOUR(j, width) LANE(j, width), LANE(j + 1, width), LANE(j + 2, width), LANE(j + 3, width)
+#define ALL(width) {FOUR(0, width), FOUR(4, width), FOUR(8, width), FOUR(12, width)}
+static const int32_t FOLD1[16] = ALL(1), FOLD2[16] = ALL(2), FOLD4[16] = ALL(4), FOLD8[16] = ALL(8);
 
-static inline const float *row_of(const Rows *rows, int64_t t) {
-    return rows->pool + (rows->pages[t / rows->page_size] * rows->page_size + t % rows->page_size) * rows->D;
+// Lane j of the result is the sum over the lanes of acc[j].
+ALWAYS_INLINE vf fold_all(vf *acc) {
+    _Pragma("GCC unroll 4") for (int width = LANES / 2; width; width /= 2)
+        _Pragma("GCC unroll 8") for (int i = 0; i < width; i++) {
+            vi mine = *(const vi *)(width == 8 ? FOLD8 : width == 4 ? FOLD4 : width == 2 ? FOLD2 : FOLD1), other = mine + width;
+            acc[i] = shuffle(acc[i], acc[i + width], mine) + shuffle(acc[i], acc[i + width], other);
+        }
+    return acc[0];
 }
 
-// scores [heads][length] = scale * query . row
-static inline __attribute__((always_inline)) void score(const Rows *rows, const float *query, int64_t heads, int64_t length, float scale, float *scores) {
-    int64_t D = rows->D;
-    for (int64_t t = 0; t < length; t++) {
-        const float *row = row_of(rows, t);
-        vf acc[HEADS] = {0};
+// scores [heads][stride] = query . row, TOKENS rows at a time, whose sums with the heads are folded into one vector. The last rows are
+// padded with copies of the last.
+ALWAYS_INLINE void score(const float **rows, const float *query, int64_t D, const int heads, int64_t length, float *scores, int64_t stride) {
+    for (int64_t t = 0; t < length; t += TOKENS) {
+        const float *own[TOKENS];
+        vf acc[LANES] = {0};
+        for (int j = 0; j < TOKENS; j++) own[j] = rows[t + j < length ? t + j : length - 1];
         int64_t i = 0;
-        for (; i + LANES <= D; i += LANES) {
-            vf value = load(row + i);
-            for (int64_t h = 0; h < heads; h++) acc[h] += value * load(query + h * D + i);
-        }
-        for (int64_t h = 0; h < heads; h++) {
-            float total = sum(acc[h]);
-            for (int64_t rest = i; rest < D; rest++) total += row[rest] * query[h * D + rest];
-            scores[h * length + t] = total * scale;
-        }
+        for (; i + LANES <= D; i += LANES)
+            for (int j = 0; j < TOKENS; j++) {
+                vf value = load(own[j] + i);
+                for (int h = 0; h < heads; h++) acc[h * TOKENS + j] += value * load(query + h * D + i);
+            }
+        vf totals = fold_all(acc);
+        for (int h = 0; h < heads; h++) memcpy(scores + h * stride + t, (float *)&totals + h * TOKENS, sizeof(float) * TOKENS);
+        for (; i < D; i++)
+            for (int h = 0; h < heads; h++)
+                for (int j = 0; j < TOKENS; j++) scores[h * stride + t + j] += own[j][i] * query[h * D + i];
     }
 }
-
-static void softmax(float *scores, int64_t length) {
-    float highest = -INFINITY, total = 0;
-    for (int64_t t = 0; t < length; t++)
-        if (scores[t] > highest) highest = scores[t];
-    int64_t t = 0;
-    vf sums = {0};
-    for (; t + LANES <= length; t += LANES) {
-        vf value = vexp(load(scores + t) - highest);
-        store(scores + t, value);
-        sums += value;
-    }
-    total = sum(sums);
-    for (; t < length; t++) total += scores[t] = expf(scores[t] - highest);
-    float scale = 1.0f / total;
-    for (t = 0; t < length; t++) scores[t] *= scale;
-}
-
-#define WIDE 4  // vectors of a value block
 
 // out [heads][V] = sum over t of scores * row[:V]
-static inline __attribute__((always_inline)) void gather_values(const Rows *rows, const float *scores, int64_t heads, int64_t length, int64_t V, float *out) {
+ALWAYS_INLINE void gather_values(const float **rows, const float *scores, int64_t stride, const int heads, int64_t length, int64_t V, float *out) {
     int64_t first = 0;
     for (; first + WIDE * LANES <= V; first += WIDE * LANES) {
         vf acc[HEADS][WIDE] = {0};
         for (int64_t t = 0; t < length; t++) {
-            const float *row = row_of(rows, t) + first;
-            for (int64_t h = 0; h < heads; h++) {
-                float p = scores[h * length + t];
+            const float *row = rows[t] + first;
+            for (int h = 0; h < heads; h++) {
+                float p = scores[h * stride + t];
                 for (int c = 0; c < WIDE; c++) acc[h][c] += p * load(row + c * LANES);
             }
         }
-        for (int64_t h = 0; h < heads; h++)
+        for (int h = 0; h < heads; h++)
             for (int c = 0; c < WIDE; c++) store(out + h * V + first + c * LANES, acc[h][c]);
     }
-    for (int64_t h = 0; h < heads; h++)
+    for (int h = 0; h < heads; h++)
         for (int64_t i = first; i < V; i++) {
             float total = 0;
-            for (int64_t t = 0; t < length; t++) total += scores[h * length + t] * row_of(rows, t)[i];
+            for (int64_t t = 0; t < length; t++) total += scores[h * stride + t] * rows[t][i];
             out[h * V + i] = total;
         }
 }
 
 // One block of heads of one sequence; inlined once with a constant number of heads, so that their sums stay in registers.
-static inline __attribute__((always_inline)) void attend(const Rows *rows, const float *query, int64_t heads, int64_t length, int64_t V,
-                                                         float scale, float *scores, float *out) {
-    score(rows, query, heads, length, scale, scores);
-    for (int64_t h = 0; h < heads; h++) softmax(scores + h * length, length);
-    gather_values(rows, scores, heads, length, V, out);
+ALWAYS_INLINE void attend(const float **rows, const float *query, int64_t D, const int heads, int64_t length, int64_t V, float scale,
+                          float *scores, int64_t stride, float *out) {
+    score(rows, query, D, heads, length, scores, stride);
+    for (int h = 0; h < heads; h++) softmax(scores + h * stride, length, scale);
+    gather_values(rows, scores, stride, heads, length, V, out);
 }
 
 // query [B, N, D], pool rows of D floats, page_table [B, P], seq_lens [B] -> out [B, N, V]. A query's result depends on its own
-// sequence alone. `scratch`: threads * HEADS * longest floats of room.
+// sequence alone. Room: `scores` threads * HEADS * (longest + LANES) floats, `rows` threads * longest
+// pointers, where longest = P * page_size.
 void mla_decode(const float *query, const float *pool, const int64_t *page_table, const int64_t *seq_lens, int64_t B, int64_t N,
-                int64_t D, int64_t V, int64_t P, int64_t page_size, float scale, float *out, float *scratch, int64_t longest,
+                int64_t D, int64_t V, int64_t P, int64_t page_size, float scale, float *out, float *scores, const float **rows,
                 int threads) {
-    int64_t blocks = (N + HEADS - 1) / HEADS, next = 0;
+    int64_t blocks = (N + HEADS - 1) / HEADS, longest = P * page_size, stride = longest + LANES, next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1 && B * N * longest > 512)
     for (int thread = 0; thread < threads; thread++) {
-        float *scores = scratch + thread * HEADS * longest;
+        float *own_scores = scores + thread * HEADS * stride;
+        const float **own_rows = rows + thread * longest;
         for (;;) {
             int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
             if (task >= B * blocks) break;
             int64_t b = task / blocks, head = task % blocks * HEADS, heads = N - head < HEADS ? N - head : HEADS;
-            Rows rows = {pool, page_table + b * P, page_size, D};
             const float *own = query + (b * N + head) * D;
             float *to = out + (b * N + head) * V;
-            if (heads == HEADS)
-                attend(&rows, own, HEADS, seq_lens[b], V, scale, scores, to);
-            else
-                attend(&rows, own, heads, seq_lens[b], V, scale, scores, to);
+            for (int64_t page = 0, t = 0; t < seq_lens[b]; page++)
+                for (int64_t i = 0; i < page_size && t < seq_lens[b]; i++, t++)
+                    own_rows[t] = pool + (page_table[b * P + page] * page_size + i) * D;
+            switch (heads) {
+                case 1: attend(own_rows, own, D, 1, seq_lens[b], V, scale, own_scores, stride, to); break;
+                case 2: attend(own_rows, own, D, 2, seq_lens[b], V, scale, own_scores, stride, to); break;
+                case 3: attend(own_rows, own, D, 3, seq_lens[b], V, scale, own_scores, stride, to); break;
+                default: attend(own_rows, own, D, HEADS, seq_lens[b], V, scale, own_scores, stride, to);
+            }
         }
     }
 }

@@ -21,10 +21,34 @@ static inline vf splat(float x) { return x - (vf){0}; }
 
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
+#if defined(__clang__)
+static inline __attribute__((always_inline)) vf shuffle(vf a, vf b, vi from) {
+    vf out;
+    for (int i = 0; i < LANES; i++) out[i] = from[i] < LANES ? a[from[i]] : b[from[i] - LANES];
+    return out;
+}
+#else
+#define shuffle(a, b, from) __builtin_shuffle(a, b, from)  // lanes of a, then of b
+#endif
+
 static inline float sum(vf x) {
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
+}
+
+static const int32_t LANE_NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+static inline float largest(const float *x, int64_t n) {
+    float found = x[0];
+    int64_t i = 0;
+    if (n >= LANES) {
+        vf lanes = load(x);
+        for (i = LANES; i + LANES <= n; i += LANES) lanes = choose(load(x + i) > lanes, load(x + i), lanes);
+        for (int lane = 0; lane < LANES; lane++) found = lanes[lane] > found ? lanes[lane] : found;
+    }
+    for (; i < n; i++) found = x[i] > found ? x[i] : found;
+    return found;
 }
 
 // e^x to about 1 ulp for x in [-87, 88], clamped outside: 2^n * e^r with |r| <= ln(2) / 2 (Cephes' polynomial).

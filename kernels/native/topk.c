@@ -5,10 +5,10 @@
 #include "simd.h"
 
 static int64_t best_of(const float *values, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (values[i] > values[best]) best = i;
-    return best;
+    float highest = largest(values, n);
+    int64_t i = 0;
+    while (i < n - 1 && values[i] != highest) i++;
+    return i;
 }
 
 static void limit_to_groups(float *choice, int64_t E, int64_t num_groups, int64_t topk_groups, float *group_scores) {
@@ -37,7 +37,7 @@ static void limit_to_groups(float *choice, int64_t E, int64_t num_groups, int64_
 void grouped_topk(const float *logits, const float *bias, int64_t T, int64_t E, int64_t num_groups, int64_t topk_groups, int64_t K,
                   int normalize, float scaling_factor, int64_t *ids, float *weights, float *scratch, int threads) {
     int64_t room = 2 * E + num_groups, share = (T + threads - 1) / threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && T * E > 4096)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && T * E > 2048)
     for (int thread = 0; thread < threads; thread++) {
         float *scores = scratch + thread * room, *choice = scores + E, *group_scores = choice + E;
         for (int64_t t = thread * share; t < T && t < (thread + 1) * share; t++) {

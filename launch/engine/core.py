@@ -26,6 +26,7 @@ from moesaic.launch.engine.messages import (
     TokenLogprobs,
 )
 from moesaic.launch.engine.model_runner import ModelRunner
+from moesaic.launch.engine.overlap_vote import SplitProposal, propose_split
 from moesaic.launch.engine.plan import Chunk, Plan
 from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording
@@ -35,7 +36,7 @@ from moesaic.launch.engine.scheduler import Scheduler
 from moesaic.launch.engine.sequence import MAX_TABLE_STOPS, Int64Array, Sequence
 from moesaic.launch.engine.step import HeaderExchange, Step, StepHeader, StepRules, resolve_step
 from moesaic.launch.models.deepseek_v3 import LoadObserver
-from moesaic.launch.models.forward import ForwardInput
+from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 
 RequestMessage = GenerateRequest | AbortRequest
 
@@ -101,12 +102,15 @@ class RankEngine:
         self.activity.step += 1
         self.activity.enter("scheduling")
         plan = self.scheduler.schedule()
+        proposal = propose_split(plan, self._rules.distribution_threshold) if self._rules.splits else SplitProposal()
         manager = None if self._rebalancing is None else self._rebalancing.manager
         header = StepHeader(
             num_decode=plan.num_decode,
             num_extend=plan.num_extend,
             num_logits=plan.num_logits,
             num_messages=num_messages,
+            first_tokens=proposal.first_tokens,
+            first_logits=proposal.first_logits,
             control=self._controls[0].control_id if self._controls else 0,
             rebalance=0 if manager is None else manager.word(),
             has_work=self.scheduler.has_work() or (manager is not None and manager.busy),
@@ -151,10 +155,18 @@ class RankEngine:
             logit_rows=batch.logit_rows,
             num_logits_per_dp_rank=step.num_logits,
         )
-        logits = self.runner.forward(inputs, self._observer())
+        logits = self.runner.forward(inputs, self._observer(), self._split(inputs, step))
         self._recording.end_step(sum(step.num_tokens), "extend" if step.extends else "decode", batch.metadata.positions)
         self.activity.enter("sampling")
         self._advance(plan, batch, logits)
+
+    def _split(self, inputs: ForwardInput, step: Step) -> ForwardSplit | None:
+        """The two micro-batches that all ranks voted for."""
+        if step.split is None:
+            return None
+        cut = step.split.num_tokens[0][self._recording.dp_rank]
+        first, second = inputs.split(cut, step.split.plans, step.split.num_logits)
+        return ForwardSplit(first=first, second=second, extends=step.extends)
 
     def _observer(self) -> LoadObserver | None:
         """Whoever counts the choices of this step's tokens."""

@@ -19,7 +19,7 @@ from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import LoadObserver
 from moesaic.launch.models.expert_slots import expert_location
-from moesaic.launch.models.forward import ForwardInput
+from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
 from moesaic.moe.experts import ExpertWeights
@@ -116,7 +116,10 @@ class ModelRunner:
         """What maps logical experts to slots; None where that is the identity for good."""
         return self._model.replicas
 
-    def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None) -> Tensor:
-        """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all."""
+    def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None, split: ForwardSplit | None = None) -> Tensor:
+        """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all.
+
+        `split`: run as these two micro-batches; on all ranks or on none.
+        """
         assert self._pool is not None, "allocate_kv comes first"
-        return self._model.forward(inputs, self._pool, observer)
+        return self._model.forward(inputs, self._pool, observer, split)

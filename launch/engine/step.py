@@ -1,18 +1,18 @@
 """The step header: what every rank tells all others before each lockstep forward, and what follows from it.
 
 One all-gather of a few integers. From the headers alone every rank derives the same `Step`: how many tokens each rank dispatches,
-in which mode, and whether there is anything to run.
+in which mode, whether in two micro-batches, and whether there is anything to run.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 
 from moesaic.attention.dp_attention import share_bounds
-from moesaic.moe.dispatcher import DispatchPlan, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ModeFlag, resolve_dispatch_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class StepHeader:
 
     num_messages: messages that the DP group's leader has taken in during this step, to be applied at the start of the next one.
     control: id of the oldest control command not yet carried out (0: none). rebalance: the word of the rank's rebalance manager.
-    has_work: the rank holds requests (running or waiting) or moves experts. stop: the rank was told to shut down.
+    first_tokens, first_logits: rows and logits of the rank's first micro-batch if the step is split in two; 0 tokens: its batch
+    can't be split. has_work: the rank holds requests (running or waiting) or moves experts. stop: the rank was told to shut down.
     """
 
     num_decode: int = 0
@@ -30,18 +31,54 @@ class StepHeader:
     num_messages: int = 0
     control: int = 0
     rebalance: int = 0
+    first_tokens: int = 0
+    first_logits: int = 0
     has_work: bool = False
     stop: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode + self.num_extend
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitThresholds:
+    """Tokens of a DP rank from which a step of this forward mode is split in two; None: never."""
+
+    prefill: int | None = None
+    decode: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRules:
-    """What turns headers into a step; equal on all ranks. `a2a`: each attention-TP rank dispatches its own share."""
+    """What turns headers into a step; equal on all ranks. `a2a`: each attention-TP rank dispatches its own share.
+
+    `distribution_threshold`: share of the rows below which the smaller micro-batch is filled up from inside a sequence.
+    """
 
     attn_tp_size: int
     a2a: bool
     mode: ModeFlag
     cap: int
+    split_from: SplitThresholds = field(default_factory=SplitThresholds)
+    distribution_threshold: float = 0.48
+
+    @property
+    def splits(self) -> bool:
+        """Whether any step may be split."""
+        return self.split_from != SplitThresholds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSplit:
+    """A step's two micro-batches, first and second: their dispatch plans, and their tokens and logits per DP rank.
+
+    A DP rank cuts its batch at row num_tokens[0][dp_rank].
+    """
+
+    plans: tuple[DispatchPlan, DispatchPlan]
+    num_tokens: tuple[tuple[int, ...], tuple[int, ...]]
+    num_logits: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +86,7 @@ class Step:
     """num_tokens and num_logits per DP rank.
 
     `extends`: some rank computes prompt tokens. `control`: the command that all ranks carry out now, 0 while some rank has not
-    received it. `idle`: nobody runs anything; `quiet`: nobody even has anything waiting.
+    received it. `split`: None when the step runs straight. `idle`: nobody runs anything; `quiet`: nobody even has anything waiting.
     """
 
     num_tokens: tuple[int, ...]
@@ -58,19 +95,52 @@ class Step:
     extends: bool
     control: int
     plan: DispatchPlan
+    split: StepSplit | None
     idle: bool
     quiet: bool
     stop: bool
 
 
+def resolve_split(leaders: list[StepHeader], rules: StepRules, *, extends: bool, mode: DispatchMode) -> StepSplit | None:
+    """Headers of the DP groups' leaders, in DP rank order -> the two micro-batches, or None to run straight. Pure.
+
+    The step runs straight when any rank that has tokens can't split them or has fewer than the threshold of the step's forward
+    mode. A rank without tokens has no say: both its micro-batches are idle. Both micro-batches use the whole step's dispatch mode.
+    """
+    threshold = rules.split_from.prefill if extends else rules.split_from.decode
+    busy = [header for header in leaders if header.num_tokens]
+    if threshold is None or not busy or any(not header.first_tokens or header.num_tokens < threshold for header in busy):
+        return None
+    first = tuple(header.first_tokens for header in leaders)
+    second = tuple(header.num_tokens - header.first_tokens for header in leaders)
+    return StepSplit(
+        plans=(_dispatch_plan(first, rules, mode), _dispatch_plan(second, rules, mode)),
+        num_tokens=(first, second),
+        num_logits=(
+            tuple(header.first_logits for header in leaders),
+            tuple(header.num_logits - header.first_logits for header in leaders),
+        ),
+    )
+
+
+def _dispatch_plan(num_tokens: tuple[int, ...], rules: StepRules, mode: DispatchMode) -> DispatchPlan:
+    return DispatchPlan(mode=mode, num_tokens_per_rank=_dispatched(num_tokens, rules))
+
+
+def _dispatched(num_tokens: tuple[int, ...], rules: StepRules) -> tuple[int, ...]:
+    """Tokens per DP rank -> tokens that each rank dispatches."""
+    if not rules.a2a:
+        return num_tokens
+    size = rules.attn_tp_size
+    shares = (share_bounds(count, rank, size) for count in num_tokens for rank in range(size))
+    return tuple(stop - start for start, stop in shares)
+
+
 def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
     """All ranks' headers, in rank order -> the step. Pure; raises ValueError as `resolve_dispatch_mode` does."""
     leaders = headers[:: rules.attn_tp_size]
-    num_tokens = tuple(header.num_decode + header.num_extend for header in leaders)
-    dispatched = num_tokens
-    if rules.a2a:
-        shares = [share_bounds(count, rank, rules.attn_tp_size) for count in num_tokens for rank in range(rules.attn_tp_size)]
-        dispatched = tuple(stop - start for start, stop in shares)
+    num_tokens = tuple(header.num_tokens for header in leaders)
+    dispatched = _dispatched(num_tokens, rules)
     extends = any(header.num_extend for header in leaders)
     mode = resolve_dispatch_mode(
         rules.mode,
@@ -88,6 +158,7 @@ def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
         extends=extends,
         control=min(controls) if len(controls) == 1 else 0,
         plan=DispatchPlan(mode=mode, num_tokens_per_rank=dispatched),
+        split=resolve_split(leaders, rules, extends=extends, mode=mode),
         idle=not any(num_tokens),
         quiet=not has_work and controls == {0},
         stop=any(header.stop for header in headers),
@@ -122,6 +193,8 @@ def _header(row: list[int]) -> StepHeader:
         num_messages=counts[3],
         control=counts[4],
         rebalance=counts[5],
+        first_tokens=counts[6],
+        first_logits=counts[7],
         has_work=bool(has_work),
         stop=bool(stop),
     )

@@ -139,7 +139,7 @@ class DeepseekV3Builder:
             q_up=q_up,
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
             kv_up_key=key.contiguous(),
-            kv_up_value=value.contiguous(),
+            kv_up_value=_out_fastest(value.flatten(0, 1)).view(value.shape),
             output=self._matrix(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
         return MultiHeadLatentAttention(self._mla_config(), weights, index, self._rope_table)

@@ -18,13 +18,14 @@ from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.mla import MultiHeadLatentAttention
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.norm import add_rms_norm, rms_norm
-from moesaic.launch.models.forward import ForwardInput
-from moesaic.launch.models.operations import dense_operations, sparse_operations
+from moesaic.launch.models.forward import ForwardInput, ForwardSplit
+from moesaic.launch.models.operations import Schedules
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import TopK
 from moesaic.moe.layer import DenseMLP, SparseLayer
-from moesaic.overlap.operations import State, run_straight
+from moesaic.overlap.executor import Schedule
+from moesaic.overlap.operations import State
 
 LoadObserver = Callable[[int, Tensor], None]
 """Called with (index of the sparse layer, topk_ids int64 [T, K]) of every sparse layer."""
@@ -78,7 +79,6 @@ class DenseDecoderLayer(DecoderLayer):
         super().__init__(parts)
         self._mlp = mlp
         self._split = split
-        self.operations = dense_operations(self)
 
     def feed_forward(self, state: State) -> None:
         hidden = self._mlp(state.take("hidden"))
@@ -92,7 +92,6 @@ class SparseDecoderLayer(DecoderLayer):
         super().__init__(parts)
         self._moe = moe
         self._scatter = scatter
-        self.operations = sparse_operations(self)
 
     def gate(self, state: State) -> None:
         hidden = state.take("hidden")
@@ -165,7 +164,10 @@ class DeepseekV3:
         self.experts = experts
         self.replicas = replicas
         self._embedding = embedding
-        self._operations = [operation for layer in layers for operation in layer.operations]
+        self._schedules = Schedules(
+            [layer for layer in layers if isinstance(layer, DenseDecoderLayer)],
+            [layer for layer in layers if isinstance(layer, SparseDecoderLayer)],
+        )
         self._final_norm = final_norm
         self._eps = eps
         self._head = head
@@ -173,15 +175,37 @@ class DeepseekV3:
         self._group = group
 
     @torch.inference_mode()
-    def forward(self, inputs: ForwardInput, pool: LatentKVPool, observer: LoadObserver | None = None) -> Tensor:
-        """Logits fp32 [N, V] of the step's logit rows; writes the KV of all T rows. Collective: all ranks call it."""
-        hidden = torch.nn.functional.embedding(inputs.input_ids, self._embedding)
-        state = State(hidden=hidden, residual=None, inputs=inputs, pool=pool, observer=observer)
-        run_straight(self._operations, state)
-        hidden, residual = state.take("hidden"), state.take("residual")
-        for name in ("inputs", "pool", "observer"):
-            state.take(name)
-        state.finish()
+    def forward(
+        self,
+        inputs: ForwardInput,
+        pool: LatentKVPool,
+        observer: LoadObserver | None = None,
+        split: ForwardSplit | None = None,
+    ) -> Tensor:
+        """Logits fp32 [N, V] of the step's logit rows; writes the KV of all T rows. Collective: all ranks call it alike.
+
+        `split`: the sparse layers run as two micro-batches in turns; the leading dense layers have nothing to overlap.
+        """
+        hidden: Tensor = torch.nn.functional.embedding(inputs.input_ids, self._embedding)
+        residual: Tensor | None = None
+
+        def state(part: ForwardInput, rows: slice) -> State:
+            return State(
+                hidden=hidden[rows],
+                residual=None if residual is None else residual[rows],
+                inputs=part,
+                pool=pool,
+                observer=observer,
+            )
+
+        hidden, residual = _run(self._schedules.leading, state(inputs, slice(None)))
+        if split is None:
+            hidden, residual = _run(self._schedules.straight, state(inputs, slice(None)))
+        else:
+            cut = len(split.first.input_ids)
+            halves = (state(split.first, slice(cut)), state(split.second, slice(cut, None)))
+            hidden, residual = _run(self._schedules.split(extends=split.extends), *halves)
+        assert residual is not None, "a model has layers"
         rows = (hidden + residual).index_select(0, inputs.logit_rows)
         return self._logits(rms_norm(rows, self._final_norm, self._eps), inputs.num_logits_per_dp_rank)
 
@@ -204,3 +228,17 @@ class DeepseekV3:
         parts = all_gather_rows(part, parallel.world_group, parallel.world_size).view(parallel.world_size, *part.shape)
         own = parts[:, parallel.dp_rank * most :][:, : hidden.shape[0]]
         return torch.cat(own.unbind(0), dim=1).float()
+
+
+def _run(schedule: Schedule, *states: State) -> tuple[Tensor, Tensor | None]:
+    """Hidden rows and residual after a schedule, those of several micro-batches one below the other."""
+    schedule.run(states)
+    hidden = [state.take("hidden") for state in states]
+    residual = [state.take("residual") for state in states]
+    for state in states:
+        for name in ("inputs", "pool", "observer"):
+            state.take(name)
+        state.finish()
+    if len(states) == 1:
+        return hidden[0], residual[0]
+    return torch.cat(hidden), torch.cat(residual)

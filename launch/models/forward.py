@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from moesaic.attention.metadata import AttentionMetadata
 from moesaic.moe.dispatcher import DispatchPlan
+from moesaic.overlap.split import join_row_ids, split_batch, splittable
 
 
+@splittable
 @dataclass(frozen=True, kw_only=True)
 class ForwardInput:
     """input_ids int64 [T]; logit_rows int64 [N]: rows whose logits are wanted.
@@ -17,8 +19,31 @@ class ForwardInput:
     num_logits_per_dp_rank: N of every DP rank (for a head split over all ranks). plan: the step's dispatch.
     """
 
-    input_ids: Tensor
-    metadata: AttentionMetadata
-    plan: DispatchPlan
-    logit_rows: Tensor
-    num_logits_per_dp_rank: tuple[int, ...]
+    input_ids: Tensor = field(metadata={"axis": "rows"})
+    metadata: AttentionMetadata = field(metadata={"axis": "batch"})
+    plan: DispatchPlan = field(metadata={"axis": "given"})
+    logit_rows: Tensor = field(metadata={"axis": "row_ids"})
+    num_logits_per_dp_rank: tuple[int, ...] = field(metadata={"axis": "given"})
+
+    def split(
+        self, cut: int, plans: tuple[DispatchPlan, DispatchPlan], num_logits: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[ForwardInput, ForwardInput]:
+        """Micro-batches of rows [0, cut) and [cut, T), each a whole forward of its own; what the ranks agree on is handed over.
+
+        Cut inside a sequence, the first must write a layer's KV before the second attends in it. Raises ValueError for a cut that
+        lies outside the rows.
+        """
+        return split_batch(self, cut, plan=plans, num_logits_per_dp_rank=num_logits)
+
+    def join_logits(self, cut: int, first: Tensor, second: Tensor) -> Tensor:
+        """Logits [N0, V] and [N1, V] of the two micro-batches -> [N, V] in the order of logit_rows."""
+        return join_row_ids(first, second, self.logit_rows, cut)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardSplit:
+    """A forward's two micro-batches. `extends`: some rank computes prompt tokens (all ranks run the same schedule)."""
+
+    first: ForwardInput
+    second: ForwardInput
+    extends: bool

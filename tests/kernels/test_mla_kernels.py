@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.kernels.mla_decode import mla_decode, mla_decode_reference
-from moesaic.kernels.mla_prefill import QUERY_BLOCK, mla_prefill
+from moesaic.kernels.mla_prefill import QUERY_BLOCK, causal_attention, mla_prefill, mla_prefill_reference, padded_rows
 
 prefill_module = importlib.import_module("moesaic.kernels.mla_prefill")
 
@@ -50,20 +50,67 @@ def test_prefill_equals_masked_softmax_for_any_prefix_and_query_block(
 ) -> None:
     query, key, value = _qkv(heads, num_queries, prefix, seed)
     with patch.object(prefill_module, "QUERY_BLOCK", block):
-        out = mla_prefill(query, key, value, scale=0.4)
+        out = causal_attention(query, key, value, scale=0.4)
     torch.testing.assert_close(out.double(), _causal64(query, key, value, 0.4), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", [0, 37])
 def test_prefill_longer_than_the_real_query_block(prefix: int) -> None:
     query, key, value = _qkv(2, QUERY_BLOCK + 11, prefix)
-    out = mla_prefill(query, key, value, scale=0.4)
+    out = causal_attention(query, key, value, scale=0.4)
     torch.testing.assert_close(out.double(), _causal64(query, key, value, 0.4), rtol=1e-4, atol=1e-5)
 
 
 def test_prefill_of_no_queries_gives_no_rows() -> None:
     query, key, value = _qkv(2, 0, 5)
-    assert mla_prefill(query, key, value, scale=1.0).shape == (2, 0, 4)
+    assert causal_attention(query, key, value, scale=1.0).shape == (2, 0, 4)
+
+
+def _packed(spans: list[tuple[int, int]], heads: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, key_rope, value and chunks of (prefix, rows) spans; between the contexts lie rows that belong to nobody."""
+    nope, rope, value_dim = 7, 4, 21
+    generator = torch.Generator().manual_seed(seed)
+    chunks, num_rows, length = [], 0, 0
+    for prefix, rows in spans:
+        chunks.append((num_rows, rows, length, prefix))
+        num_rows, length = num_rows + rows, length + prefix + rows + 3
+    key, key_rope = padded_rows(torch.empty(0), heads * nope, length), padded_rows(torch.empty(0), rope, length)
+    return (
+        torch.randn(num_rows, heads, nope + rope, generator=generator),
+        key.copy_(torch.randn(heads * nope, length, generator=generator)).unflatten(0, (heads, nope)),
+        key_rope.copy_(torch.randn(rope, length, generator=generator)),
+        torch.randn(length, heads, value_dim, generator=generator),
+        torch.tensor(chunks),
+    )
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60)), min_size=1, max_size=5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(spans=SPANS, heads=st.integers(1, 3), seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("prefill", [mla_prefill_reference, mla_prefill])
+def test_packed_chunks_equal_masked_softmax_of_each_alone(
+    prefill: Callable[..., Tensor], spans: list[tuple[int, int]], heads: int, seed: int
+) -> None:
+    query, key, key_rope, value, chunks = _packed(spans, heads, seed)
+    out = prefill(query, key, key_rope, value, chunks, scale=0.4)
+    for first_row, rows, first_key, prefix in chunks.tolist():
+        context = slice(first_key, first_key + prefix + rows)
+        own_key = torch.cat([key[:, :, context], key_rope[:, context].expand(heads, -1, -1)], dim=1).transpose(1, 2)
+        own_query = query[first_row : first_row + rows].transpose(0, 1)
+        expected = _causal64(own_query, own_key, value[context].transpose(0, 1), 0.4)
+        own = out[first_row : first_row + rows].transpose(0, 1)
+        torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_and_values_beyond_a_context_never_matter() -> None:
+    query, key, key_rope, value, chunks = _packed([(5, 17), (0, 3)], 2, 0)
+    before = mla_prefill(query, key, key_rope, value, chunks, scale=0.4)
+    for _, rows, first_key, prefix in chunks.tolist():
+        gap = slice(first_key + prefix + rows, first_key + prefix + rows + 3)
+        key[:, :, gap], key_rope[:, gap], value[gap] = float("nan"), float("nan"), float("nan")
+    assert torch.equal(mla_prefill(query, key, key_rope, value, chunks, scale=0.4), before)
 
 
 @settings(max_examples=30, deadline=None)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from moesaic.kernels.activation import swiglu, swiglu_reference
 from moesaic.kernels.grouped_gemm import grouped_gemm_contiguous
+from moesaic.kernels.head_product import head_product, head_product_reference
 from moesaic.kernels.latent_write import write_latent, write_latent_reference
 from moesaic.kernels.mla_decode import mla_decode, mla_decode_reference
+from moesaic.kernels.mla_prefill import mla_prefill, padded_rows
 from moesaic.kernels.native.build import CACHE_VARIABLE, SWITCH_VARIABLE
 from moesaic.kernels.native.library import status
 from moesaic.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -124,6 +126,27 @@ def test_a_row_of_a_grouped_product_is_bitwise_the_same_in_every_batch(threads: 
                 row += 1
     finally:
         torch.set_num_threads(before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(0, 9), heads=st.integers(1, 4), depth=WIDTHS, width=WIDTHS, tail=st.sampled_from([0, 4]))
+def test_head_products_equal_their_reference_whatever_the_strides(rows: int, heads: int, depth: int, width: int, tail: int) -> None:
+    x = _random(rows, heads, depth + tail + 2)[:, :, : depth + tail]
+    weight = _random(depth, heads, width, seed=1).transpose(0, 1)
+    expected = head_product_reference(x.double(), weight.double(), tail=tail).float()
+    torch.testing.assert_close(head_product(x, weight, tail=tail), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chunk_is_attended_to_bitwise_the_same_in_every_batch_and_cut() -> None:
+    heads, length = 3, 90
+    key = padded_rows(torch.empty(0), heads * 16, length).copy_(_random(heads * 16, length)).unflatten(0, (heads, 16))
+    key_rope = padded_rows(torch.empty(0), 8, length).copy_(_random(8, length, seed=1))
+    query, value = _random(length, heads, 24, seed=2), _random(length, heads, 32, seed=3)
+    whole = mla_prefill(query, key, key_rope, value, torch.tensor([[0, 40, 0, 0], [40, 50, 40, 0]]), scale=0.2)
+    for start, stop in ((40, 47), (47, 48), (48, 90)):
+        chunk = torch.tensor([[0, stop - start, 40, start - 40]])
+        alone = mla_prefill(query[start:stop], key, key_rope, value, chunk, scale=0.2)
+        assert torch.equal(alone, whole[start:stop])
 
 
 def test_a_query_decodes_to_bitwise_the_same_in_every_batch() -> None:

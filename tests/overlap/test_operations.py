@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from operation_lists import run_straight
 
-from moesaic.overlap.operations import Operation, OperationError, State, YieldOperation, run_straight
+from moesaic.overlap.operations import Operation, OperationError, State, YieldOperation
 
 
 def test_a_value_is_put_once_and_taken_once() -> None:

@@ -20,7 +20,7 @@ from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
 from moesaic.launch.engine.scheduler import SchedulerConfig
-from moesaic.launch.engine.step import StepRules
+from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
 
@@ -52,6 +52,7 @@ class EngineSettings:
     slots: SlotOptions = field(default_factory=SlotOptions)
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     rebalance: RebalanceSettings | None = None
+    split_from: SplitThresholds = field(default_factory=SplitThresholds)
 
     @property
     def topology(self) -> Topology:
@@ -119,6 +120,7 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             a2a=settings.a2a != "none",
             mode=settings.mode,  # type: ignore[arg-type]
             cap=settings.cap,
+            split_from=settings.split_from,
         ),
         recording=settings.recording,
         rebalance=settings.rebalance,
