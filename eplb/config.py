@@ -26,7 +26,7 @@ class RebalanceConfig:
     num_iterations: int = 1000
     layers_per_chunk: int | None = None
     min_utilization: float = 1.0
-    step_budget_s: float = 0.001
+    step_budget_s: float = 0.0005
     gather_deadline_s: float = 10.0
     plan_deadline_s: float = 30.0
     move_deadline_s: float = 10.0

@@ -15,6 +15,7 @@ class LoadCounter:
         self._num_layers = num_layers
         self._width = num_experts + 1  # column 0 takes the -1 of padding, so that no id needs a mask
         self._counts = torch.zeros(num_layers * self._width, dtype=torch.int64, device=device)
+        self._first_columns = torch.arange(num_layers, device=device) * self._width + 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._held: list[tuple[int, Tensor]] = []
 
@@ -47,13 +48,13 @@ class LoadCounter:
     def _count_held(self) -> None:
         if not self._held:
             return
-        device = self._counts.device
-        first_column = torch.tensor([layer * self._width + 1 for layer, _ in self._held], device=device)
-        sizes = [ids.numel() for _, ids in self._held]
-        if len(set(sizes)) == 1:
-            columns = torch.stack([ids.flatten() for _, ids in self._held]) + first_column.unsqueeze(1)
+        layers = [layer for layer, _ in self._held]
+        choices = [ids for _, ids in self._held]
+        first_columns = self._first_columns if layers == list(range(self._num_layers)) else self._first_columns[layers]
+        if all(ids.shape == choices[0].shape for ids in choices):
+            columns = torch.stack(choices).flatten(1).add_(first_columns.unsqueeze(1))
         else:
-            ids = torch.cat([ids.flatten() for _, ids in self._held])
-            columns = ids + first_column.repeat_interleave(torch.tensor(sizes, device=device))
+            sizes = torch.tensor([ids.numel() for ids in choices], device=self._counts.device)
+            columns = torch.cat([ids.flatten() for ids in choices]).add_(first_columns.repeat_interleave(sizes))
         self._held.clear()
-        self._counts.scatter_add_(0, columns.flatten(), self._one.expand(columns.numel()))
+        self._counts.scatter_add_(0, columns.view(-1), self._one.expand(columns.numel()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from moesaic.eplb.moves import LayerMoves, Move
 from moesaic.eplb.transfer import Exchange, Quarantine, TransferError, Wire, fresh_tag
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 _COLUMNS = 1024
 
 
