@@ -30,7 +30,7 @@ def why_missing() -> str | None:
     """Why this machine can't have the compiled kernels; None if it can (they are compiled now if they weren't)."""
     try:
         shared_object()
-    except (OSError, subprocess.SubprocessError, CompilerError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return str(error)
     return None
 
@@ -38,7 +38,7 @@ def why_missing() -> str | None:
 def shared_object() -> Path:
     """The shared object for these sources, this compiler and this processor; made when it isn't in the cache yet.
 
-    Raises CompilerError, OSError (the cache folder) or SubprocessError (a compiler that hangs).
+    Raises CompilerError, OSError (the cache folder), RuntimeError (no home folder) or SubprocessError (a compiler that hangs).
     """
     if os.environ.get(SWITCH_VARIABLE) == "torch":
         raise CompilerError(f"{SWITCH_VARIABLE}=torch")

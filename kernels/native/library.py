@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.kernels.native.build import CompilerError, shared_object
+from moesaic.kernels.native.build import shared_object
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[type]] = {
@@ -46,7 +46,7 @@ def status() -> Status:
     try:
         path = shared_object()
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError, CompilerError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return Status(library=None, reason=str(error))
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from moesaic.kernels.native.build import why_missing
+from moesaic.kernels.native.library import status
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
 from moesaic.launch.engine.core import RankEngine, RequestMessage, StepResult
@@ -33,6 +35,7 @@ from moesaic.launch.engine.step import StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.parallel import ParallelContext
 
+logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 IDLE_POLL_S = 1.0
 LINGER_MS = 2000
@@ -95,6 +98,12 @@ def _start_heartbeat(spec: RankSpec, activity: Activity) -> None:
             time.sleep(HEARTBEAT_S)
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+def _tell_of_kernels(device: str) -> None:
+    """The launcher only compiles: kernels that can't be loaded into a rank must not go unnoticed."""
+    if device == "cpu" and why_missing() is None and status().library is None:
+        logger.warning("the compiled CPU kernels can't be loaded, so torch computes: %s", status().reason)
 
 
 class PhaseTimer:
@@ -191,6 +200,7 @@ class RankProcess:
     def _start(self) -> RankEngine:
         spec, config = self._spec, self._spec.config
         torch.set_num_threads(config.num_threads)
+        _tell_of_kernels(config.device)
         phases = PhaseTimer(spec.place.rank, self._outbox, self._activity)
         phases.enter("join process group")
         join_process_groups(
