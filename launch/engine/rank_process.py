@@ -102,7 +102,7 @@ def _start_heartbeat(spec: RankSpec, activity: Activity) -> None:
 
 def _tell_of_kernels(device: str) -> None:
     """The launcher only compiles: kernels that can't be loaded into a rank must not go unnoticed."""
-    if device == "cpu" and why_missing() is None and status().library is None:
+    if device == "cpu" and status().library is None and why_missing() is None:
         logger.warning("the compiled CPU kernels can't be loaded, so torch computes: %s", status().reason)
 
 

@@ -29,7 +29,7 @@ class Rebalancing:
         location = expert_location(model, parallel, slots)
         self._settings = settings
         self._num_groups = model.n_group
-        self._counts_own = parallel.attn_tp_rank == 0 or parallel.scatters_tokens
+        self._counts_tokens = parallel.counts_tokens
         self._counter = LoadCounter(
             num_layers=len(model.sparse_layers), num_experts=model.n_routed_experts, device=runner.config.device
         )
@@ -59,7 +59,7 @@ class Rebalancing:
 
     def observe(self, layer_index: int, topk_ids: Tensor) -> None:
         """Count the choices of tokens that this rank alone is responsible for."""
-        if self._counts_own:
+        if self._counts_tokens:
             self._counter.record(layer_index, topk_ids)
 
     def _solve(self, counts: Int64Array, location: ExpertLocation) -> Int64Array:

@@ -48,8 +48,6 @@ class LoadRecording:
         self._parallel = parallel
         self._num_hidden_layers = config.num_hidden_layers
         self._recorder = _make_recorder(settings, config, device) if config.sparse_layers else None
-        # The ranks of one attention-TP group see the same tokens, unless each of them dispatches its own share.
-        self._counts_own = parallel.attn_tp_rank == 0 or parallel.scatters_tokens
 
     @property
     def dp_rank(self) -> int:
@@ -59,7 +57,7 @@ class LoadRecording:
     def observer(self) -> LoadObserver | None:
         """What the model's sparse layers report to; None while off."""
         recorder = self._recorder
-        return recorder.record if recorder is not None and recorder.is_recording and self._counts_own else None
+        return recorder.record if recorder is not None and recorder.is_recording and self._parallel.counts_tokens else None
 
     def end_step(self, num_tokens: int, forward_mode: str, positions: Tensor) -> None:
         """`num_tokens` of all DP ranks went through the step; `positions` int64 [T] of this DP rank's."""
@@ -96,7 +94,7 @@ class LoadRecording:
 
     def _dump_tokens(self, recorder: ExpertTokenRecorder) -> str:
         """A file of this rank's own; ranks that see another's tokens have none."""
-        if not self._counts_own:
+        if not self._parallel.counts_tokens:
             return ""
         path = _new_file(f"_rank{self._parallel.rank}")
         recorder.dump(path, model=self._settings.model_name)

@@ -36,3 +36,10 @@ class ParallelContext:
     def scatters_tokens(self) -> bool:
         """Whether each attention-TP rank dispatches its own share of the DP group's tokens."""
         return self.a2a_backend != "none" and self.attn_tp_size > 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank alone answers for the tokens it sees: the ranks of one attention-TP group see the same, unless each
+        dispatches its own share.
+        """
+        return self.attn_tp_rank == 0 or self.scatters_tokens
