@@ -41,6 +41,7 @@ $(BIN)/python:
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
+# nixl (a transport of prefill/decode disaggregation) goes in without its dependencies, which would bring CUDA's packages.
 # The stamps say which dependencies are in: a second run starts at once, a changed pyproject or constraints file installs again.
 $(VENV)/.serve-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing moesaic (the first time takes a minute or two)"
@@ -50,6 +51,9 @@ $(VENV)/.serve-stamp: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.test-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing moesaic and what its tests need"
 	@$(PIP) -e '.[test]'
+	@case "$$(uname -sm)" in \
+		"Linux x86_64"|"Linux aarch64") $(PIP) --no-deps nixl nixl-cu12 ;; \
+		*) echo "nixl has no wheel for $$(uname -sm): the tests of its transport are skipped" ;; esac
 	@touch $@ $(VENV)/.serve-stamp
 
 # mypy does not see an editable install of folders that lie side by side under one namespace.

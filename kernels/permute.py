@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for, status
 
 
@@ -43,6 +44,10 @@ def contiguous_map(topk_ids: Tensor, num_experts: int, alignment: int) -> tuple[
 
     The padded counts are on the CPU: this layout is for callers that may wait.
     """
+    if uses_triton(topk_ids):
+        from moesaic.kernels.triton import permute as triton_permute
+
+        return triton_permute.contiguous_map(topk_ids.contiguous(), num_experts, alignment)
     native = status().library
     if native is not None and topk_ids.device.type == "cpu" and alignment == 1:
         return _sorted_map(native, topk_ids.contiguous(), num_experts)
@@ -100,6 +105,15 @@ def _padded_rows(used: npt.NDArray[np.int64], room: npt.NDArray[np.int64]) -> np
 
 def masked_map(topk_ids: Tensor, num_experts: int, rows_per_expert: int) -> RowMap:
     """Rows [E, rows_per_expert], each expert's valid rows first. No value leaves the device and no shape depends on one."""
+    if uses_triton(topk_ids):
+        from moesaic.kernels.triton import permute as triton_permute
+
+        return triton_permute.masked_map(topk_ids.contiguous(), num_experts, rows_per_expert)
+    return masked_map_reference(topk_ids, num_experts, rows_per_expert)
+
+
+def masked_map_reference(topk_ids: Tensor, num_experts: int, rows_per_expert: int) -> RowMap:
+    """The same in torch, any device."""
     flat = topk_ids.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
@@ -118,8 +132,17 @@ def masked_map(topk_ids: Tensor, num_experts: int, rows_per_expert: int) -> RowM
     )
 
 
-def to_rows(hidden: Tensor, row_map: RowMap) -> Tensor:
-    """hidden [T, H] -> expert rows [num_rows, H]; rows that no choice fills are zero."""
+def to_rows(hidden: Tensor, row_map: RowMap, *, zero_padding: bool = True) -> Tensor:
+    """hidden [T, H] -> expert rows [num_rows, H]; rows that no choice fills are zero, or unspecified without `zero_padding`."""
+    if uses_triton(hidden):
+        from moesaic.kernels.triton import permute as triton_permute
+
+        return triton_permute.to_rows(hidden, row_map, zero_padding=zero_padding)
+    return to_rows_reference(hidden, row_map)
+
+
+def to_rows_reference(hidden: Tensor, row_map: RowMap) -> Tensor:
+    """The same in torch, any device and dtype, always with zeros."""
     rows = hidden.index_select(0, row_map.tokens)
     if row_map.targets is None:
         return rows
@@ -129,6 +152,15 @@ def to_rows(hidden: Tensor, row_map: RowMap) -> Tensor:
 
 def from_rows(rows: Tensor, row_map: RowMap) -> Tensor:
     """Expert rows [num_rows, H] -> [T, K, H]; zero where the choice is -1."""
+    if uses_triton(rows):
+        from moesaic.kernels.triton import permute as triton_permute
+
+        return triton_permute.from_rows(rows.contiguous(), row_map)
+    return from_rows_reference(rows, row_map)
+
+
+def from_rows_reference(rows: Tensor, row_map: RowMap) -> Tensor:
+    """The same in torch, any device and dtype."""
     if row_map.num_rows == 0:
         return rows.new_zeros(*row_map.row.shape, rows.shape[1])
     row = row_map.row.flatten()
@@ -140,9 +172,13 @@ def from_rows(rows: Tensor, row_map: RowMap) -> Tensor:
 
 def weighted_rows(rows: Tensor, row_map: RowMap, weights: Tensor) -> Tensor:
     """Expert rows [num_rows, H] -> their weighted sum per token [T, H], in fp32 and top-k order; choices elsewhere add nothing."""
+    if uses_triton(rows):
+        from moesaic.kernels.triton import permute as triton_permute
+
+        return triton_permute.weighted_rows(rows.contiguous(), row_map, weights.contiguous())
     native = kernels_for(rows)
     if native is None or not rows.is_contiguous():
-        return weighted_sum(from_rows(rows, row_map), weights)
+        return weighted_sum(from_rows_reference(rows, row_map), weights)
     row, weights = row_map.row, weights.float().contiguous()
     if row_map.elsewhere is not None:
         row = row.masked_fill(row_map.elsewhere, -1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for
 
 
@@ -70,8 +71,12 @@ def rope_table(config: RopeConfig, num_positions: int) -> Tensor:
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """x [T, heads, dim], rotated in place by the rows `positions` int64 [T] of a table complex64 [num_positions, dim / 2].
 
-    The multiplication is fp32. Returns x.
+    The multiplication is fp32. Returns x. Raises ValueError on a device.
     """
+    if uses_triton(x):
+        from moesaic.kernels.triton import rope as device
+
+        return device.apply_rope(x, table, positions)
     native = kernels_for(x)
     if native is None or x.stride(2) != 1:
         return x.copy_(apply_rope_reference(x, table, positions))
@@ -82,5 +87,6 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 def apply_rope_reference(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """The same in torch, any device and dtype; leaves x as it is."""
     rotation = table.index_select(0, positions)
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
+    whole = x.float().clone(memory_format=torch.contiguous_format)  # complex numbers begin at even places, a view may not
+    pairs = torch.view_as_complex(whole.view(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2).to(x.dtype)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for
+from moesaic.kernels.replica_choice import ReplicaTable, choose_replicas_reference
 
 
 def grouped_topk(
@@ -21,8 +23,20 @@ def grouped_topk(
     """Router logits fp32 [T, E] -> (topk_ids int64 [T, K], topk_weights fp32 [T, K]).
 
     The bias decides which experts are chosen, never their weights. A group (of experts) scores the sum of its two best; only the
-    experts of the `topk_groups` best groups compete.
+    experts of the `topk_groups` best groups compete. Raises ValueError on a device.
     """
+    if uses_triton(logits):
+        from moesaic.kernels.triton import topk as device
+
+        return device.grouped_topk(
+            logits,
+            correction_bias,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            topk=topk,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+        )
     native = kernels_for(logits)
     if native is None or not logits.is_contiguous():
         return grouped_topk_reference(
@@ -80,3 +94,40 @@ def grouped_topk_reference(
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return topk_ids, weights * scaling_factor
+
+
+def grouped_topk_slots(
+    logits: Tensor,
+    correction_bias: Tensor,
+    table: ReplicaTable,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    topk: int,
+    normalize: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grouped_topk` and the replica of each choice: (topk_ids, topk_weights, slots int64 [T, K]), one kernel on a device."""
+    if uses_triton(logits):
+        from moesaic.kernels.triton import topk as device
+
+        return device.grouped_topk_slots(
+            logits,
+            correction_bias,
+            table,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            topk=topk,
+            normalize=normalize,
+            scaling_factor=scaling_factor,
+        )
+    ids, weights = grouped_topk(
+        logits,
+        correction_bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        topk=topk,
+        normalize=normalize,
+        scaling_factor=scaling_factor,
+    )
+    return ids, weights, choose_replicas_reference(ids, table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreter  # noqa: F401  before anything that imports Triton (transformers does)
 import pytest
 import torch
 from rank_pool import RankPool

@@ -1,0 +1,210 @@
+"""MLA decode on Hopper (DeepSeek-V2, section 2.1.3; split-KV as in Flash-Decoding): all heads of a tile share each latent row.
+
+A sequence's context is cut every `split_tokens`, wherever other sequences are cut: the result of a row depends on that row alone,
+not on the batch. A context of one split is written at once; others leave partial sums that a second kernel adds in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.kernels.checks import FLOATS, INDICES, check_number, check_tensor
+from moesaic.kernels.quant import FP8
+from moesaic.kernels.triton.launch import ceil_div, launch, power_of_two
+
+LOG2_E = 1.4426950408889634
+LEAST_HEADS, MOST_HEADS, MOST_HEADS_FP8 = 16, 64, 32
+"""Rows of a tile of scores: what a tensor core takes at least, and what fits beside the latent rows without spilling."""
+
+
+@triton.jit
+def _columns(rows: tl.tensor, WIDTH: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
+    """[N, PADDED] from the pointers rows [N, 1], zero past WIDTH; without a mask where none is needed."""
+    columns = tl.arange(0, PADDED)[None, :]
+    if WIDTH == PADDED:
+        return tl.load(rows + columns)
+    else:  # noqa: RET505  Triton compiles one branch, and needs to see that it is one
+        return tl.load(rows + columns, mask=columns < WIDTH, other=0.0)
+
+
+@triton.jit
+def _split_kernel(
+    query: tl.tensor,
+    pool: tl.tensor,
+    page_table: tl.tensor,
+    seq_lens: tl.tensor,
+    out: tl.tensor,
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    num_heads: tl.tensor,
+    num_pages: tl.tensor,
+    num_splits: tl.tensor,
+    pool_stride: tl.tensor,
+    score_scale: tl.tensor,
+    kv_scale: tl.tensor,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    sequence, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    length = tl.load(seq_lens + sequence).to(tl.int32)
+    begin = split * SPLIT
+    if (begin < length) | (split == 0):
+        heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+        columns, key_columns = tl.arange(0, VALUE_PADDED), tl.arange(0, KEY_PADDED)
+        own = query + (sequence * num_heads + heads)[:, None] * (VALUE + KEY)
+        real = (heads < num_heads)[:, None]
+        latent_query = tl.load(own + columns[None, :], mask=real & (columns < VALUE)[None, :], other=0.0)
+        key_query = tl.load(own + VALUE + key_columns[None, :], mask=real & (key_columns < KEY)[None, :], other=0.0)
+        most = tl.full([HEADS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([HEADS], dtype=tl.float32)
+        values = tl.zeros([HEADS, VALUE_PADDED], dtype=tl.float32)
+        end = tl.minimum(begin + SPLIT, length)
+        for first in range(begin, end, TOKENS):
+            tokens = first + tl.arange(0, TOKENS)
+            read = tl.minimum(tokens, end - 1)  # past the end, the last row again: its score is struck out below
+            page = tl.load(page_table + sequence * num_pages + read // PAGE).to(tl.int64)
+            rows = pool + ((page * PAGE + read % PAGE) * pool_stride)[:, None]
+            latent = _columns(rows, VALUE, VALUE_PADDED)
+            key = _columns(rows + VALUE, KEY, KEY_PADDED)
+            latent, key = latent.to(latent_query.dtype), key.to(latent_query.dtype)
+            scores = tl.dot(latent_query, latent.T, input_precision=PRECISION)
+            scores = tl.dot(key_query, key.T, scores, input_precision=PRECISION) * score_scale
+            scores = tl.where((tokens < end)[None, :], scores, float("-inf"))
+            highest = tl.maximum(most, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - highest[:, None])
+            decay = tl.exp2(most - highest)
+            total = total * decay + tl.sum(weights, axis=1)
+            values = tl.dot(weights.to(latent.dtype), latent, values * decay[:, None], input_precision=PRECISION)
+            most = highest
+        result = values * (kv_scale / tl.where(total > 0, total, 1.0))[:, None]
+        inside = real & (columns < VALUE)[None, :]
+        if length <= SPLIT:
+            place = out + (sequence * num_heads + heads)[:, None] * VALUE + columns[None, :]
+            tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+        else:
+            at = (sequence * num_splits + split) * num_heads + heads
+            tl.store(partial + at[:, None] * VALUE + columns[None, :], result, mask=inside)
+            tl.store(partial_lse + at, most + tl.log2(total), mask=heads < num_heads)
+
+
+@triton.jit
+def _merge_kernel(
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    seq_lens: tl.tensor,
+    out: tl.tensor,
+    num_heads: tl.tensor,
+    num_splits: tl.tensor,
+    SPLIT: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+) -> None:
+    """Partial results of one head, added in the order of the context by their log-sum-exp (base 2)."""
+    sequence, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    length = tl.load(seq_lens + sequence).to(tl.int32)
+    if length > SPLIT:
+        columns = tl.arange(0, VALUE_PADDED)
+        most, total = float("-inf"), 0.0
+        values = tl.zeros([VALUE_PADDED], dtype=tl.float32)
+        for split in range(tl.cdiv(length, SPLIT)):
+            at = (sequence * num_splits + split) * num_heads + head
+            own = tl.load(partial_lse + at)
+            highest = tl.maximum(most, own)
+            decay, weight = tl.exp2(most - highest), tl.exp2(own - highest)
+            values = values * decay + weight * tl.load(partial + at * VALUE + columns, mask=columns < VALUE, other=0.0)
+            total = total * decay + weight
+            most = highest
+        place = out + (sequence * num_heads + head) * VALUE + columns
+        tl.store(place, (values / total).to(out.dtype.element_ty), mask=columns < VALUE)
+
+
+def mla_decode(
+    query: Tensor,
+    pool_rows: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    page_size: int,
+    value_dim: int,
+    scale: float,
+    split_tokens: int,
+    kv_scale: float = 1.0,
+) -> Tensor:
+    """As `kernels.mla_decode.mla_decode`."""
+    _check(query, pool_rows, page_table, seq_lens, page_size, value_dim, split_tokens)
+    num_rows, num_heads, width = query.shape
+    out = query.new_empty(num_rows, num_heads, value_dim)
+    if not out.numel():
+        return out
+    num_splits = max(ceil_div(page_table.shape[1] * page_size, split_tokens), 1)
+    kept = num_splits if num_splits > 1 else 0
+    partial = query.new_empty(num_rows, kept, num_heads, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(num_rows, kept, num_heads, dtype=torch.float32)
+    is_wide = query.dtype is torch.float32
+    most = LEAST_HEADS if is_wide else MOST_HEADS_FP8 if pool_rows.dtype is FP8 else MOST_HEADS
+    heads = min(max(power_of_two(num_heads), LEAST_HEADS), most)
+    sizes: dict[str, Any] = {"SPLIT": split_tokens, "VALUE": value_dim, "VALUE_PADDED": max(power_of_two(value_dim), 16)}
+    shared: dict[str, Any] = {
+        "seq_lens": seq_lens,
+        "out": out,
+        "partial": partial,
+        "partial_lse": partial_lse,
+        "num_heads": num_heads,
+    }
+    launch(
+        _split_kernel,
+        (ceil_div(num_heads, heads), num_rows, num_splits),
+        **shared,
+        **sizes,
+        query=query,
+        pool=pool_rows,
+        page_table=page_table,
+        num_pages=page_table.shape[1],
+        num_splits=num_splits,
+        pool_stride=pool_rows.stride(0),
+        score_scale=scale * kv_scale * LOG2_E,
+        kv_scale=kv_scale,
+        PAGE=page_size,
+        KEY=width - value_dim,
+        KEY_PADDED=max(power_of_two(width - value_dim), 16),
+        HEADS=heads,
+        TOKENS=16 if is_wide else 64,
+        PRECISION="ieee" if is_wide else "tf32",
+        num_warps=8 if heads >= MOST_HEADS_FP8 else 4,
+        num_stages=2,
+    )
+    if num_splits > 1:
+        launch(_merge_kernel, (num_heads, num_rows), **shared, **sizes, num_splits=num_splits)
+    return out
+
+
+def _check(
+    query: Tensor,
+    pool_rows: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    value_dim: int,
+    split_tokens: int,
+) -> None:
+    function = "mla_decode"
+    check_tensor(function, "query", query, shape=(None, None, None), dtypes=FLOATS, contiguous=True)
+    num_rows, _, width = query.shape
+    check_tensor(function, "pool_rows", pool_rows, shape=(None, width), dtypes=(query.dtype, FP8), like=query)
+    check_tensor(function, "page_table", page_table, shape=(num_rows, None), dtypes=INDICES, like=query, contiguous=True)
+    check_tensor(function, "seq_lens", seq_lens, shape=(num_rows,), dtypes=INDICES, like=query)
+    check_number(function, "page_size", page_size, at_least=1)
+    check_number(function, "value_dim", value_dim, at_least=1, at_most=width - 1)
+    check_number(function, "split_tokens", split_tokens, at_least=1)
