@@ -24,6 +24,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("kernels", "eplb", "overlap", "attention", "moe", "launch.models"),
         *("launch.config", "launch.topology"),
     ),
+    "launch/disaggregation": (
+        *("kernels", "eplb", "overlap", "attention", "moe", "launch.models", "launch.engine"),
+        *("launch.config", "launch.topology", "launch.conflicts"),
+    ),
     "launch/http": ("launch.engine.messages",),
     "launch/demo": ("kernels",),
 }
