@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moesaic.attention.metadata import ExtendSequence
+if TYPE_CHECKING:
+    from moesaic.attention.metadata import ExtendSequence
 
 MAX_GROUP_TOKENS = 8192
 """Sequences share a group while their contexts have at most this many tokens, which bounds the memory of their keys and values."""

@@ -42,6 +42,10 @@ class LatentKVPool:
         """View [num_pages, page_size * latent_dim] of a layer; a page is one contiguous run of bytes."""
         return self._rows[layer].view(self.num_pages, -1)
 
+    def clear(self, pages: Tensor) -> None:
+        """Zero the listed pages, int64 [P], in all layers."""
+        self._rows.view(self._rows.shape[0], self.num_pages, -1).index_fill_(1, pages, 0)
+
     def gather(self, layer: int, page_table: Tensor) -> Tensor:
         """Rows of the listed pages: page_table int64 [B, P] -> [B, P * page_size, latent_dim]."""
         pages = self.pages(layer).index_select(0, page_table.flatten())

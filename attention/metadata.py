@@ -7,12 +7,15 @@ Fields of AttentionMetadata declare the axis along which the step may be split i
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from moesaic.attention.extend_groups import ExtendGroup, extend_groups
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -103,6 +106,16 @@ class AttentionMetadata:
     num_decode: int = field(metadata={"axis": _split_num_decode})
     buckets: tuple[DecodeBucket, ...] = field(metadata={"axis": _split_buckets})
     extends: tuple[ExtendSequence, ...] = field(metadata={"axis": _split_extends})
+
+    @cached_property
+    def _packed(self) -> dict[int, tuple[ExtendGroup, ...]]:
+        return {}
+
+    def extend_groups(self, page_size: int) -> tuple[ExtendGroup, ...]:
+        """The extend sequences, packed for pages of this size: by the first layer that asks, for all."""
+        if page_size not in self._packed:
+            self._packed[page_size] = tuple(extend_groups(self.extends, page_size))
+        return self._packed[page_size]
 
 
 def _bucket_bounds(sorted_lens: Int64Array) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.config import MLAConfig
-from moesaic.attention.extend_groups import ExtendGroup, extend_groups
+from moesaic.attention.extend_groups import ExtendGroup
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata
 from moesaic.kernels.gemm import linear
@@ -81,13 +81,17 @@ class MultiHeadLatentAttention:
         parts = []
         if metadata.num_decode:
             parts.append(self._decode(queries, metadata, pool, backend))
-        groups = extend_groups(metadata.extends, pool.page_size)
-        parts.extend(self._extend(queries, group, pool, backend) for group in groups)
+        parts.extend(self._extend(queries, group, pool, backend) for group in metadata.extend_groups(pool.page_size))
         if len(parts) == 1:
             return parts[0]
         if not parts:
             return queries.new_zeros(0, self._config.num_heads * self._config.v_head_dim)
         return torch.cat(parts)
+
+    def blank_queries(self, num_tokens: int) -> Tensor:
+        """Queries as `prepare` gives them, all zero."""
+        heads = self._config.num_heads, self._config.qk_head_dim
+        return self._weights.down.new_zeros(num_tokens, *heads)
 
     def output(self, attended: Tensor) -> Tensor:
         """[T, N * v] -> this rank's partial sum of the output projection, [T, H]."""

@@ -73,6 +73,11 @@ def replica_bound(loads: ArrayLike, num_slots: int, num_gpus: int) -> LoadBound:
     return LoadBound(max_load=np.maximum(mean_load, largest_piece), mean_load=mean_load)
 
 
+def gap(value: float, bound: float) -> float:
+    """How far below its bound a balancedness is, as a fraction of the bound: 0 is optimal."""
+    return max(0.0, 1.0 - value / bound)
+
+
 def _least_max_load(load: FloatArray, gpu_of_slot: Int64Array, expert_of_slot: Int64Array, num_gpus: int) -> float:
     """One layer. Variables: the share of each slot in the layer's load, and the largest GPU's share, which is minimised."""
     try:

@@ -14,13 +14,17 @@ from enum import IntEnum
 
 import numpy as np
 
-from moesaic.eplb.balancedness import balancedness, gpu_loads
+from moesaic.eplb.balancedness import gpu_loads
 from moesaic.eplb.config import RebalanceConfig
 from moesaic.eplb.location import ExpertLocation, Int64Array
 from moesaic.eplb.moves import LayerMoves, plan_moves
+from moesaic.eplb.window_balance import ALL, Balance, load_balance, window_balance
 
 Solve = Callable[[Int64Array, ExpertLocation], Int64Array]
-"""Counts of all GPUs int64 [L, E] and the present placement -> the wanted one, int64 [L, R]. Pure, equal on all ranks."""
+"""Counts of all GPUs, int64 [L, E] over all forward modes, and the present placement -> the wanted one, int64 [L, R].
+
+Pure, equal on all ranks.
+"""
 
 
 class Decision(IntEnum):
@@ -56,7 +60,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What was served since the last cycle: counts of all GPUs int64 [L, E] in so many forwards.
+    """What was served since the last cycle: counts of all GPUs int64 [M, L, E], M as FORWARD_MODES, in so many forwards.
 
     `replaced`: the placement that would have served it, had the last cycle not moved anything; None if it hadn't.
     """
@@ -70,15 +74,15 @@ class Window:
 class CyclePlan:
     """The wanted placement, the layers that change with their moves, and what is expected of it.
 
-    balancedness: mean over sparse layers of mean / max GPU load of the last window, before and after. saving_s: over
-    the horizon. realised_gain_s: what the last cycle has saved over that window.
+    balances: of the window on the present placement (see window_balance); predicted: of its load on the wanted one, None without
+    tokens. saving_s: over the horizon. realised_gain_s: what the last cycle has saved over that window.
     """
 
     location: ExpertLocation
     moves: tuple[tuple[int, LayerMoves], ...]
     decision: Decision
-    balancedness: float
-    balancedness_after: float
+    balances: dict[str, Balance]
+    predicted: Balance | None
     saving_s: float
     cost_s: float
     busiest_bytes: int
@@ -99,12 +103,12 @@ def make_plan(
     window: Window, location: ExpertLocation, *, solve: Solve, measured: Measured, expert_bytes: int, config: RebalanceConfig
 ) -> CyclePlan:
     """Solve for the window's counts and weigh the result. Raises what `solve` raises, ValueError for a bad placement."""
-    counts = window.counts
-    balance = _mean_balancedness(location, counts)
+    counts: Int64Array = window.counts.sum(axis=0)
+    balances = window_balance(location, window.counts)
     moe_s = measured.forward_s * config.moe_share
-    if not counts.any():
+    if ALL not in balances:
         wanted, decision = location, Decision.NO_LOAD
-    elif balance > config.min_utilization:
+    elif balances[ALL].balancedness > config.min_utilization:
         wanted, decision = location, Decision.BALANCED
     else:
         wanted, decision = _wanted(solve(counts, location), location), Decision.UNCHANGED
@@ -119,8 +123,8 @@ def make_plan(
         location=wanted,
         moves=moves,
         decision=decision,
-        balancedness=balance,
-        balancedness_after=_mean_balancedness(wanted, counts),
+        balances=balances,
+        predicted=load_balance(wanted, counts) if ALL in balances else None,
         saving_s=saving_s,
         cost_s=cost_s,
         busiest_bytes=busiest_bytes,
@@ -136,10 +140,6 @@ def _wanted(slots: Int64Array, location: ExpertLocation) -> ExpertLocation:
         ep_size=location.ep_size,
         num_nodes=location.num_nodes,
     )
-
-
-def _mean_balancedness(location: ExpertLocation, counts: Int64Array) -> float:
-    return float(balancedness(gpu_loads(location, counts)).mean())
 
 
 def _changed_layers(old: ExpertLocation, new: ExpertLocation) -> tuple[tuple[int, LayerMoves], ...]:

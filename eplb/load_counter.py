@@ -1,31 +1,53 @@
-"""Tokens per logical expert since they were last taken. One count for all layers of a step, no wait for the device."""
+"""Tokens per logical expert since they were last taken. Many choices are counted at once, without a wait for the device."""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from moesaic.eplb.location import Int64Array
 
+ForwardMode = Literal["prefill", "decode"]
+"""What a forward is: `prefill` if any rank computes prompt tokens in it, whatever else it does, else `decode`."""
+
+FORWARD_MODES: tuple[ForwardMode, ...] = get_args(ForwardMode)
+
+_MOST_HELD_CHOICES = 1 << 14
+_MOST_HELD_TENSORS = 1 << 10
+
 
 class LoadCounter:
-    """One rank's counts, on the device where topk_ids live. Choices are held until those of all layers can be counted at once."""
+    """One rank's counts, on the device where topk_ids live.
+
+    Counting costs some calls however few the choices, as many as a small step can take without being noticed. So choices are held,
+    those of several small steps together, until there are 16,384 (128 KiB) of them or they are asked for.
+    """
 
     def __init__(self, *, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
         self._num_layers = num_layers
         self._width = num_experts + 1  # column 0 takes the -1 of padding, so that no id needs a mask
         self._counts = torch.zeros(num_layers * self._width, dtype=torch.int64, device=device)
-        self._first_columns = torch.arange(num_layers, device=device) * self._width + 1
+        self._first_columns: Int64Array = np.arange(num_layers) * self._width + 1
         self._one = torch.ones(1, dtype=torch.int64, device=device)
-        self._held: list[tuple[int, Tensor]] = []
+        self._held: list[Tensor] = []
+        self._held_layers: list[int] = []
+        self._held_sizes: list[int] = []
+        self._num_held = 0
 
     def record(self, layer_index: int, topk_ids: Tensor) -> None:
         """Count one layer's choices: its index among the sparse layers; topk_ids int64 [T, K], logical, -1 ignored.
 
-        The tensor must stay as it is until the step ends.
+        K is the same in all calls. Nobody may write into the tensor any more.
         """
-        self._held.append((layer_index, topk_ids))
-        if len(self._held) == self._num_layers:
+        size = topk_ids.numel()
+        self._held.append(topk_ids)
+        self._held_layers.append(layer_index)
+        self._held_sizes.append(size)
+        self._num_held += size
+        if self._num_held >= _MOST_HELD_CHOICES or len(self._held) >= _MOST_HELD_TENSORS:
             self._count_held()
 
     def counts(self) -> Int64Array:
@@ -36,7 +58,7 @@ class LoadCounter:
 
     def reset(self) -> None:
         """Begin again at zero."""
-        self._held.clear()
+        self._let_go()
         self._counts.zero_()
 
     def take(self) -> Int64Array:
@@ -48,13 +70,15 @@ class LoadCounter:
     def _count_held(self) -> None:
         if not self._held:
             return
-        layers = [layer for layer, _ in self._held]
-        choices = [ids for _, ids in self._held]
-        first_columns = self._first_columns if layers == list(range(self._num_layers)) else self._first_columns[layers]
-        if all(ids.shape == choices[0].shape for ids in choices):
-            columns = torch.stack(choices).flatten(1).add_(first_columns.unsqueeze(1))
-        else:
-            sizes = torch.tensor([ids.numel() for ids in choices], device=self._counts.device)
-            columns = torch.cat([ids.flatten() for ids in choices]).add_(first_columns.repeat_interleave(sizes))
+        columns = torch.cat(self._held)
+        num_rows = np.array(self._held_sizes) // columns.shape[1]
+        first_columns = np.repeat(self._first_columns[self._held_layers], num_rows)[:, None]
+        columns += torch.from_numpy(first_columns).to(columns.device, non_blocking=True)
+        self._counts.scatter_add_(0, columns.view(-1), self._one.expand(self._num_held))
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._held.clear()
-        self._counts.scatter_add_(0, columns.view(-1), self._one.expand(columns.numel()))
+        self._held_layers.clear()
+        self._held_sizes.clear()
+        self._num_held = 0

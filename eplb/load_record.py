@@ -16,8 +16,6 @@ A window is a run of steps; a count is how many tokens chose a logical expert in
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
+from moesaic.eplb.array_file import read_fields
 
 
 class BadLoadRecord(ValueError):  # noqa: N818 - reads as what is wrong
@@ -102,12 +100,7 @@ def load(path: str | Path) -> LoadRecord:
     path = Path(path)
     if path.suffix not in {".npz", ".pt"}:
         raise BadLoadRecord(f"{path}: expected a .npz or .pt file")
-    if not path.is_file():
-        raise BadLoadRecord(f"{path}: no such file")
-    try:
-        fields = _read_npz(path) if path.suffix == ".npz" else _read_pt(path)
-    except _UNREADABLE as error:
-        raise BadLoadRecord(f"{path}: not a readable {path.suffix} file: {error}") from error
+    fields = read_fields(path, BadLoadRecord)
     counts = _counts(path, fields)
     layer_ids = _layer_ids(path, fields, counts)
     if path.suffix == ".pt":
@@ -121,18 +114,6 @@ def load(path: str | Path) -> LoadRecord:
         forward_modes=_forward_modes(path, fields, len(counts)),
         num_dropped=_num_dropped(path, fields),
     )
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def _read_pt(path: Path) -> dict[str, Any]:
-    data = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(data, dict):
-        raise ValueError(f"it holds a {type(data).__name__}, not a dict")
-    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
 
 
 def _integers(path: Path, fields: dict[str, Any], name: str) -> NDArray[np.int64]:

@@ -16,8 +16,6 @@ to all layers of the model, and `layer_ids` says which of them are sparse.
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moesaic.eplb.array_file import read_fields
 from moesaic.eplb.location import BadLocation, ExpertLocation, Int64Array
 
 Solve = Callable[[Int64Array], Int64Array]
@@ -34,7 +33,6 @@ Solve = Callable[[Int64Array], Int64Array]
 _MAP_FIELDS = ("physical_to_logical", "physical_to_logical_map")
 _LOAD_FIELD = "logical_count"
 _SUFFIXES = (".npz", ".pt", ".json")
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +143,11 @@ def _read(source: str | Path) -> _Source:
     path = Path(source)
     if path.suffix not in _SUFFIXES:
         raise BadLocation(f"{source}: expected 'trivial', a .npz, .pt or .json file, or inline JSON that begins with {{")
+    if path.suffix != ".json":
+        return _Source(name=str(path), fields=read_fields(path, BadLocation))
     if not path.is_file():
         raise BadLocation(f"{path}: no such file")
-    if path.suffix == ".json":
-        return _Source(name=str(path), fields=_parse_json(str(path), path.read_bytes()))
-    try:
-        return _Source(name=str(path), fields=_read_npz(path) if path.suffix == ".npz" else _read_pt(path))
-    except _UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadLocation(f"{path}: not a readable {path.suffix} file: {reason}") from error
+    return _Source(name=str(path), fields=_parse_json(str(path), path.read_bytes()))
 
 
 def _parse_json(name: str, text: str | bytes) -> dict[str, Any]:
@@ -163,18 +157,6 @@ def _parse_json(name: str, text: str | bytes) -> dict[str, Any]:
         raise BadLocation(f"{name}: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadLocation(f"{name}: must be a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {field: archive[field] for field in archive.files}
-
-
-def _read_pt(path: Path) -> dict[str, Any]:
-    fields = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}, not a dict")
     return fields
 
 

@@ -23,6 +23,7 @@ from moesaic.eplb.serving_time import ServingTime
 from moesaic.eplb.status import RebalanceStatus
 from moesaic.eplb.transaction import CYCLE_BITS, Cause, LayerTransaction, Phase, State, Verdict, Word, judge
 from moesaic.eplb.transfer import Quarantine
+from moesaic.eplb.window_balance import describe
 
 _DECISION_BITS = 4
 _FAILURES = {Phase.GATHER: Cause.GATHER_FAILED, Phase.PLAN: Cause.PLAN_FAILED, Phase.MOVE: Cause.TRANSFER_FAILED}
@@ -56,7 +57,8 @@ class RebalanceManager:
         switch: Callable[[ExpertLocation, int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """take_counts: this rank's tokens per expert since it was last called, int64 [L, E]. solve: see decision.Solve.
+        """take_counts: this rank's tokens per expert since it was last called, int64 [M, L, E], M as FORWARD_MODES. solve: see
+        decision.Solve.
 
         switch(location, layer): from now on forwards use `location`, which differs from the last in that layer.
         """
@@ -86,6 +88,11 @@ class RebalanceManager:
     def busy(self) -> bool:
         """A cycle is under way: all ranks must keep on stepping, even without requests."""
         return self._phase != Phase.IDLE or self._start_now
+
+    @property
+    def calm(self) -> bool:
+        """The next `word` and `advance` touch neither counts nor weights, so a forward may run meanwhile. The same on all ranks."""
+        return not self.busy and self._num_forwards + 1 < self._config.num_iterations
 
     def start_now(self) -> None:
         """Begin a cycle in the next step. To be called in the same step on all ranks; without effect during a cycle."""
@@ -162,8 +169,8 @@ class RebalanceManager:
             last_plan_s=report.plan_s,
             last_move_s=report.move_s,
             last_longest_commit_s=report.longest_commit_s,
-            last_balancedness=plan.balancedness if plan is not None else 0.0,
-            last_predicted_balancedness=plan.balancedness_after if plan is not None else 0.0,
+            last_balances=plan.balances if plan is not None else {},
+            last_predicted=plan.predicted if plan is not None else None,
             last_predicted_saving_s=plan.saving_s if plan is not None else 0.0,
             last_predicted_cost_s=plan.cost_s if plan is not None else 0.0,
             last_measured_cost_s=self._serving.last_cost_s,
@@ -283,8 +290,7 @@ class RebalanceManager:
             self._log("the last one gained %.3f s over %d forwards", plan.realised_gain_s, self._num_forwards)
             self._replaced = None
         decision = Decision(said[0] & (1 << _DECISION_BITS) - 1)
-        expected = f"balancedness {plan.balancedness:.3f} -> {plan.balancedness_after:.3f}, saving {plan.saving_s:.3f} s, "
-        expected += f"cost {plan.cost_s:.3f} s"
+        expected = f"{describe(plan.balances, plan.predicted)}; saving {plan.saving_s:.3f} s, cost {plan.cost_s:.3f} s"
         if decision != Decision.MOVE:
             self._log("skipped, %s: %s", decision.text, expected)
             self._report.skipped += 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.planner import Plan
 from moesaic.eplb.replay import PlanPoint
-from moesaic.eplb.report import gap
 from moesaic.eplb.words import size
 
 COLUMNS = (

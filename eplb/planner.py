@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.load_record import LoadRecord
 from moesaic.eplb.replay import Cluster, PlanPoint, Replay
-from moesaic.eplb.report import BadReport, gap, merge_windows
+from moesaic.eplb.report import BadReport, merge_windows
 from moesaic.eplb.words import counted, size
 
 MAX_WINDOWS = 32

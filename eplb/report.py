@@ -119,11 +119,6 @@ class BalanceReport:
     hot_experts: tuple[HotExpert, ...]
 
 
-def gap(value: float, bound: float) -> float:
-    """How far below its bound a balancedness is, as a fraction of the bound: 0 is optimal."""
-    return max(0.0, 1.0 - value / bound)
-
-
 def shown_split(placement: PlacementReport) -> str:
     """The best split as text, or what it takes to know it."""
     return "needs scipy" if placement.split_optimum is None else f"{placement.split_optimum:.3f}"

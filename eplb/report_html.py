@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.heat_map import colour_limit
 from moesaic.eplb.html_page import page, table
-from moesaic.eplb.report import BalanceReport, PlacementReport, distinct_bounds, gap, shown_split
+from moesaic.eplb.report import BalanceReport, PlacementReport, distinct_bounds, shown_split
 from moesaic.eplb.svg_chart import Series, line_chart
 from moesaic.eplb.svg_heat_map import TOOLTIP_SCRIPT, heat_map, label_places, ramp
 from moesaic.eplb.words import counted

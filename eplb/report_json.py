@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.planner import Plan
 from moesaic.eplb.replay import PlanPoint
-from moesaic.eplb.report import BalanceReport, FloatArray, PlacementReport, gap
+from moesaic.eplb.report import BalanceReport, FloatArray, PlacementReport
 
 
 def report_json(report: BalanceReport) -> dict[str, Any]:

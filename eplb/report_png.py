@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.heat_map import RAMP, colour_limit
 from moesaic.eplb.html_page import LIGHT_PALETTE
-from moesaic.eplb.report import BalanceReport, PlacementReport, distinct_bounds, gap
+from moesaic.eplb.report import BalanceReport, PlacementReport, distinct_bounds
 from moesaic.eplb.svg_chart import Series, balancedness_floor
 from moesaic.eplb.words import counted
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moesaic.eplb.window_balance import Balance
+
 
 @dataclass(frozen=True, kw_only=True)
 class RebalanceStatus:
@@ -11,8 +13,9 @@ class RebalanceStatus:
 
     degraded: the last cycle was abandoned (why: last_cause, which stays after recovery), a stalled planner is still stuck, or
     messages are quarantined. layers_done of layers_total: of the last cycle that moved any; layers_moved: of all cycles.
-    bytes_moved: weights that this rank has received, ever. Savings, costs and gains are of serving time: predicted over the
-    horizon, realised over the window since.
+    bytes_moved: weights that this rank has received, ever. last_balances: of the last window, by "all" and forward mode, of those
+    that had tokens in it. last_predicted: what the last plan promised for the same load; None without a plan or tokens.
+    Savings, costs and gains are of serving time: predicted over the horizon, realised over the window since.
     """
 
     phase: str
@@ -32,8 +35,8 @@ class RebalanceStatus:
     last_plan_s: float
     last_move_s: float
     last_longest_commit_s: float
-    last_balancedness: float
-    last_predicted_balancedness: float
+    last_balances: dict[str, Balance]
+    last_predicted: Balance | None
     last_predicted_saving_s: float
     last_predicted_cost_s: float
     last_measured_cost_s: float

@@ -17,8 +17,7 @@ An example: 58 sparse layers x top-8 in int16 and two numbers make 944 bytes a t
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesaic.eplb.array_file import read_fields
 from moesaic.eplb.load_record import BadLoadRecord
 
 
@@ -55,13 +55,9 @@ class TokenRecord:
 def load_tokens(path: str | Path) -> TokenRecord:
     """Read what TokenRecord.save wrote. Raises BadLoadRecord naming the file and field."""
     path = Path(path)
-    if not path.is_file():
-        raise BadLoadRecord(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            fields = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadLoadRecord(f"{path}: not a readable .npz file: {error}") from error
+    if path.suffix != ".npz":
+        raise BadLoadRecord(f"{path}: expected a .npz file")
+    fields = read_fields(path, BadLoadRecord)
     for name in ("topk_ids", "step_ids", "positions", "layer_ids", "num_experts", "num_dropped"):
         if name not in fields:
             raise BadLoadRecord(f"{path}: field '{name}' is missing; there are {sorted(fields)}")
@@ -137,6 +133,11 @@ class ExpertTokenRecorder:
     def stop(self) -> None:
         """Record no more; what was recorded stays until `reset` or `start`."""
         self.is_recording = False
+
+    @property
+    def observer(self) -> Callable[[int, Tensor], None] | None:
+        """`record`; None while off."""
+        return self.record if self.is_recording else None
 
     def record(self, layer_index: int, topk_ids: Tensor) -> None:
         """Keep one layer's choices: int64 [T, K], logical, -1 for none."""

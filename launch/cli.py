@@ -1,4 +1,4 @@
-"""The command `moesaic`: `moesaic serve ...`, `moesaic eplb ...`, `moesaic --version`.
+"""The command `moesaic`: `moesaic serve ...`, `moesaic eplb ...`, `moesaic timeline ...`, `moesaic --version`.
 
 Knows which subcommand goes where and how errors look on a terminal; everything heavy is imported by the subcommand that
 needs it. Exit codes: 0 a clean stop, 1 a server that failed while running, 2 a start that was refused, 130 Ctrl-C
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from moesaic.launch.args import parse_serve
 from moesaic.launch.config import ServerConfig
@@ -22,6 +23,7 @@ usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesa
        moesaic serve --model-path demo           serve the small model that comes with moesaic
        moesaic eplb report DUMP                  balancedness of a recorded expert load
        moesaic eplb plan DUMP                    what-if: GPUs, redundant experts, policies, intervals
+       moesaic timeline TRACE...                 what ran when, and how much communication was hidden
        moesaic --version
 """
 
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["serve", *rest]:
             return _serve(rest)
         case ["eplb", *rest]:
-            return _eplb(rest)
+            return _report("eplb", rest)
+        case ["timeline", *rest]:
+            return _report("timeline", rest)
         case [] | ["--help" | "-h" | "help", *_]:
             print(USAGE, end="")
             return 0 if arguments else 2
@@ -63,13 +67,18 @@ def _serve(arguments: list[str]) -> int:
         return 1
 
 
-def _eplb(arguments: list[str]) -> int:
-    from moesaic.launch.eplb_cli import run_eplb
-
+def _report(command: Literal["eplb", "timeline"], arguments: list[str]) -> int:
+    """A subcommand that reads recordings and needs no server."""
     try:
-        return run_eplb(arguments)
+        if command == "eplb":
+            from moesaic.launch.eplb_cli import run_eplb
+
+            return run_eplb(arguments)
+        from moesaic.launch.timeline_cli import run_timeline
+
+        return run_timeline(arguments)
     except ConfigError as error:
-        print(f"moesaic eplb: {error}", file=sys.stderr)
+        print(f"moesaic {command}: {error}", file=sys.stderr)
         return 2
 
 

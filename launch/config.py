@@ -73,6 +73,11 @@ class ServerConfig:
     expert_distribution_recorder_mode: RecorderMode = "stat"
     expert_distribution_recorder_buffer_size: int = 1000
     expert_balancedness_report_mode: Literal["off", "server_log"] = "off"
+    # Overlap of computation and communication
+    enable_two_batch_overlap: bool = False
+    enable_single_batch_overlap: bool = False
+    tbo_token_distribution_threshold: float = 0.48
+    tbo_profile: str | None = None
     # Memory and scheduling
     mem_fraction_static: float | None = None
     max_running_requests: int | None = None
@@ -103,6 +108,9 @@ class ResolvedConfig:
     what `mem_fraction_static` leaves). `quantization`: "none" computes in `dtype` (FP8 checkpoint weights are
     dequantised at load); "fp8" is W8A8, weights as stored, activations quantised per token and 128 channels.
     `dispatch_mode`: the rule of which layout a step takes; "auto" = normal if any rank prefills, else low-latency.
+    `two_batch_overlap`: from which step sizes on is measured when the ranks start, or read (`RankSpec.calibration`);
+    `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
+    the next one computes.
     `dist_timeout` and `watchdog_timeout` are in seconds.
     """
 
@@ -119,6 +127,10 @@ class ResolvedConfig:
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int
     enable_dp_lm_head: bool
+    two_batch_overlap: bool
+    single_batch_overlap: bool
+    tbo_token_distribution_threshold: float
+    overlap_schedule: bool
     mem_fraction_static: float
     max_running_requests_per_dp: int
     max_total_tokens: int | None

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from moesaic.launch.engine import messages
+from moesaic.launch.overlap_report import render_profile
 from moesaic.launch.report import render_report
 from moesaic.launch.startup import Plan
 from moesaic.launch.topology import render_topology, summarize_topology
@@ -54,7 +55,7 @@ class StartupView:
         self._started: dict[str, float] = {}
         self._phases: dict[int, str] = {}
         self._passed: Counter[str] = Counter()
-        self._ready: set[int] = set()
+        self._ready: dict[int, messages.Ready] = {}
         self._begun = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -69,9 +70,10 @@ class StartupView:
         """Take one message of one rank. A rank leaves a phase by entering the next one or by being ready."""
         if isinstance(message, messages.Ready):
             self._leave_phase(message.rank)
-            self._ready.add(message.rank)
+            self._ready[message.rank] = message
             if len(self._ready) == self._world_size:
                 self._show_sizes(message)
+                self._show_overlap(self._ready[0].overlap_profile)
             return
         if self._phases.get(message.rank) != message.phase:
             self._leave_phase(message.rank)
@@ -106,6 +108,11 @@ class StartupView:
             f"{ready.weight_bytes / 2**20:,.0f} MiB of weights on rank {ready.rank}",
             highlight=False,
         )
+
+    def _show_overlap(self, profile: messages.OverlapProfile | None) -> None:
+        """What the resolution report could not know yet."""
+        if profile is not None:
+            self._console.print(render_profile(profile))
 
 
 def show_ready(console: Console, plan: Plan) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.plan_chart import best_by_size
 from moesaic.eplb.plan_text import COLUMNS, NOTES, cells, describe, in_order, merge_note
 from moesaic.eplb.planner import Plan
-from moesaic.eplb.report import BalanceReport, gap, shown_split
+from moesaic.eplb.report import BalanceReport, shown_split
 from moesaic.eplb.words import counted
 
 

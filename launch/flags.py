@@ -41,6 +41,11 @@ def fraction(text: str) -> float:
     return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
 
 
+def smaller_share(text: str) -> float:
+    """A number in [0, 0.5]: what the smaller of two sides may have of the whole."""
+    return _checked(text, float, lambda value: 0 <= value <= 0.5, "a share in 0..0.5")
+
+
 def address(text: str) -> str:
     """HOST:PORT. The ports after it are used as well (see `launch/endpoints.py`)."""
     host, colon, port = text.rpartition(":")
@@ -215,6 +220,21 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--expert-distribution-recorder-buffer-size", "most windows that a recording keeps", positive_int),
         _choice("--expert-balancedness-report-mode", "log balancedness without moving experts", "off", "server_log"),
     ),
+    "overlap of computation and communication": (
+        _switch("--enable-two-batch-overlap", "run steps as two micro-batches in turns, from the size on where that is faster"),
+        _switch("--enable-single-batch-overlap", "compute shared expert and down projection while dispatch and combine travel"),
+        _flag(
+            "--tbo-token-distribution-threshold",
+            "cut inside a sequence when the smaller micro-batch would have less of the tokens; 0: never inside",
+            smaller_share,
+            metavar="F",
+        ),
+        _flag(
+            "--tbo-profile",
+            "file that says from which size on splitting is faster; written if it does not exist (measured at every start)",
+            metavar="FILE",
+        ),
+    ),
     "memory and scheduling": (
         _flag(
             "--mem-fraction-static",
@@ -230,7 +250,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _choice("--schedule-policy", "order of admission; lpm: longest cached prefix first", "fcfs", "lpm"),
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
-        _switch("--disable-overlap-schedule", "accept that scheduling does not overlap the model (it does not yet)"),
+        _switch("--disable-overlap-schedule", "schedule a step only when the step before has been handled"),
         _switch("--disable-cuda-graph", "accept that no CUDA graphs are used (they are not yet)"),
     ),
     "device and process": (
@@ -269,12 +289,6 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
     *_later("DeepEP", deepep_config=()),
-    *_later(
-        "two-batch overlap",
-        enable_two_batch_overlap=None,
-        enable_single_batch_overlap=None,
-        tbo_token_distribution_threshold=("0.48",),
-    ),
     *_later(
         "prefill/decode disaggregation",
         disaggregation_mode=("null",),

@@ -6,9 +6,11 @@ Knows no flags and no backends. torch is asked only when the device is not settl
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 
 from moesaic.kernels.native.build import why_missing
+from moesaic.launch.config import DeviceName
 
 NO_DEVICE = "torch sees no CUDA device"
 
@@ -37,6 +39,28 @@ def detect_hardware(device: str) -> Hardware:
         return _without_cuda(num_cores, f"torch {torch.__version__} is a CPU build")
     num_devices = torch.cuda.device_count()
     return Hardware(num_cores=num_cores, num_cuda_devices=num_devices) if num_devices else _without_cuda(num_cores, NO_DEVICE)
+
+
+def machine_name(device: DeviceName, threads_per_rank: int, num_ranks: int) -> str:
+    """What timings were measured on, in words, such as "2 ranks x 1 thread of AMD EPYC" or "8 x NVIDIA H200"."""
+    if device == "cuda":
+        import torch
+
+        return f"{num_ranks} x {torch.cuda.get_device_name(0)}"
+    ranks = f"{num_ranks} rank" + "s" * (num_ranks > 1)
+    return f"{ranks} x {threads_per_rank} thread" + "s" * (threads_per_rank > 1) + f" of {_processor_name()}"
+
+
+def _processor_name() -> str:
+    """As Linux names it; elsewhere the architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
 
 
 def _without_cuda(num_cores: int, reason: str) -> Hardware:

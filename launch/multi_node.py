@@ -81,6 +81,7 @@ def rank_specs(plan: Plan, endpoints: Endpoints) -> list[RankSpec]:
             from_rank_endpoint=endpoints.from_rank,
             slots=plan.experts.slots,
             rebalance=plan.experts.rebalance,
+            thresholds=plan.overlap.thresholds,
         )
         for rank in topology.ranks_of_node(plan.config.node_rank)
     ]

@@ -20,6 +20,7 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.model_rules import model_conflicts
+from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.topology import ModelShape, Topology
 
@@ -44,7 +45,7 @@ class Resolution:
 
 def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Resolution:
     """Check the layout, settle every choice, check again what depends on the settled sizes, and apply `--strict`."""
-    refuse(layout_conflicts(config))
+    refuse([*layout_conflicts(config), *overlap_conflicts(config)])
     refuse(model_conflicts(config, shape))
     topology = Topology.from_config(config)
     device, device_choice = _resolve_device(config, topology, hardware)
@@ -65,6 +66,10 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
         enable_dp_lm_head=config.enable_dp_lm_head,
+        two_batch_overlap=config.enable_two_batch_overlap,
+        single_batch_overlap=config.enable_single_batch_overlap,
+        tbo_token_distribution_threshold=config.tbo_token_distribution_threshold,
+        overlap_schedule=not config.disable_overlap_schedule,
         mem_fraction_static=config.mem_fraction_static or MEM_FRACTION[device],
         max_running_requests_per_dp=_running_requests_per_dp(config, mode),
         max_total_tokens=config.max_total_tokens,
@@ -93,7 +98,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         quantization_choice,
         _prefix_cache_choice(config),
         _graph_choice(config, device),
-        _overlap_choice(config, device),
+        _overlap_choice(config),
     )
     if config.strict:
         refuse_downgrades(choices)
@@ -204,17 +209,10 @@ def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
     )
 
 
-def _overlap_choice(config: ServerConfig, device: DeviceName) -> Choice:
+def _overlap_choice(config: ServerConfig) -> Choice:
     if config.disable_overlap_schedule:
         return Choice(capability="overlap schedule", chosen="off", refused=(("on", "--disable-overlap-schedule"),))
-    # On a CPU the scheduler and the model share the cores: there is nothing to hide the one behind.
-    return Choice(
-        capability="overlap schedule",
-        chosen="off",
-        refused=(("on", NOT_BUILT),),
-        downgrade=device == "cuda",
-        accept="--disable-overlap-schedule",
-    )
+    return Choice(capability="overlap schedule", chosen="on: the next step is scheduled while one computes")
 
 
 def _context_length(config: ServerConfig, shape: ModelShape) -> int:

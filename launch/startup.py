@@ -19,6 +19,7 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
 from moesaic.launch.hardware import detect_hardware
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
+from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
 from moesaic.launch.topology import ModelShape
 from moesaic.launch.version import version
@@ -28,7 +29,7 @@ NODE_LOCAL_FLAGS = frozenset(
     {
         *("node_rank", "host", "port", "api_key", "log_level", "num_threads", "strict", "enable_metrics", "device"),
         *("model_path", "tokenizer_path", "served_model_name", "skip_server_warmup", "max_queued_requests"),
-        "watchdog_timeout",
+        *("watchdog_timeout", "tbo_profile"),
     }
 )
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -43,6 +44,7 @@ class Plan:
     shape: ModelShape
     resolution: Resolution
     experts: ExpertPlan
+    overlap: OverlapPlan
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, object]
 
@@ -63,7 +65,8 @@ def make_plan(config: ServerConfig) -> Plan:
     resolution = resolve(config, shape, detect_hardware(config.device))
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
-    resolution = replace(resolution, choices=(*resolution.choices, experts.choice()))
+    overlap = plan_overlap(config, resolution.config, model, resolution.topology)
+    resolution = replace(resolution, choices=(*resolution.choices, experts.choice(), *overlap.choices))
     generation = _generation_config(Path(config.model_path))
     return Plan(
         config=config,
@@ -71,6 +74,7 @@ def make_plan(config: ServerConfig) -> Plan:
         shape=shape,
         resolution=resolution,
         experts=experts,
+        overlap=overlap,
         eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
         default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
     )

@@ -2,11 +2,13 @@
 
 Each direction is two calls, so that overlap can put work between them: `*_a` submits, `*_b` waits. What a dispatch delivers is one
 of two layouts, decided by the step's mode (see `resolve_dispatch_mode`): contiguous rows for `normal`, a fixed masked block for
-`low_latency`. A step's mode is the same on every rank of the group.
+`low_latency`. A step's mode is the same on every rank of the group. What was received may go back in halves, the first while the
+experts still compute the second: see `Dispatcher.halve`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Literal, Protocol, TypeVar
@@ -50,10 +52,14 @@ def resolve_dispatch_mode(flag: ModeFlag, *, any_rank_prefills: bool, max_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPlan:
-    """What all ranks of the group know of a step before it runs. num_tokens_per_rank: tokens that each rank dispatches."""
+    """What all ranks of the group know of a step before it runs. num_tokens_per_rank: tokens that each rank dispatches.
+
+    overlaps: other work is submitted between dispatch_a and dispatch_b.
+    """
 
     mode: DispatchMode
     num_tokens_per_rank: tuple[int, ...]
+    overlaps: bool = False
 
     @property
     def max_tokens(self) -> int:
@@ -89,6 +95,17 @@ class Received(Generic[HandleT]):
     handle: HandleT
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReceivedHalf(Generic[HandleT]):
+    """Half of what dispatch_b delivered, by tokens.
+
+    pick: expert rows of the whole (any width) -> this half's, in a layout of their own. handle: to combine them with.
+    """
+
+    pick: Callable[[ExpertRows], ExpertRows]
+    handle: HandleT
+
+
 class Dispatcher(Protocol[HandleT]):
     """One all-to-all backend for one group of expert ranks. Handles are opaque and used once."""
 
@@ -100,10 +117,17 @@ class Dispatcher(Protocol[HandleT]):
         """Wait for the tokens of this rank's experts. In normal mode the CPU waits here."""
         ...
 
+    def halve(self, received: Received[HandleT]) -> tuple[ReceivedHalf[HandleT], ReceivedHalf[HandleT]]:
+        """Two halves to combine one after the other, instead of the whole. (Some dispatchers must be made to.)
+
+        Every rank takes the same tokens into the first half without asking; one of the halves may be empty. Communicates nothing.
+        """
+        ...
+
     def combine_a(self, expert_rows: Tensor, handle: HandleT) -> HandleT:
-        """Begin to return the experts' outputs, given in the layout of `Received.rows`."""
+        """Begin to return the experts' outputs, given in the layout of `Received.rows` or of a half's."""
         ...
 
     def combine_b(self, handle: HandleT) -> Tensor:
-        """Wait, and return the weighted sum over each token's experts, [T, H]."""
+        """Wait, and return the weighted sum over each token's experts, [T, H]; of a half: of its tokens, the first half's first."""
         ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from moesaic.kernels.activation import swiglu
 from moesaic.kernels.grouped_gemm import grouped_gemm_contiguous, grouped_gemm_masked
 from moesaic.kernels.quant import round_to_fp8
-from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
+from moesaic.moe.dispatcher import ContiguousRows, ExpertRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,21 @@ class ExpertWeights:
 class ExpertRunner(Protocol):
     """Computes down(swiglu(gate_up(x))) for every row with its expert's weights."""
 
+    @property
+    def inner_size(self) -> int:
+        """Width of the rows between the two products, I."""
+        ...
+
     def run(self, rows: ExpertRows) -> Tensor:
-        """Returns the outputs in the layout of `rows.hidden`."""
+        """The outputs in the layout of `rows.hidden`: `down(gate_up(rows))`."""
+        ...
+
+    def gate_up(self, rows: ExpertRows) -> ExpertRows:
+        """swiglu(gate_up(x)), rows of width I in the same layout."""
+        ...
+
+    def down(self, inner: ExpertRows) -> Tensor:
+        """The outputs for rows of width I, in the layout of `inner.hidden`."""
         ...
 
 
@@ -37,30 +51,43 @@ class TorchExpertRunner:
         self._weights = weights
         self._fp8_activations = fp8_activations
 
+    @property
+    def inner_size(self) -> int:
+        return self._weights.down.shape[2]
+
     def run(self, rows: ExpertRows) -> Tensor:
-        if isinstance(rows, MaskedRows) and rows.hidden.device.type == "cpu":
-            return self._run_filled(rows)
-        return self._run(rows)
+        return _on_filled(rows, lambda filled: self._down(self._gate_up(filled)))
 
-    def _run_filled(self, rows: MaskedRows) -> Tensor:
-        """Only the valid rows, as contiguous ones: a CPU may look at the counts, a captured graph may not."""
-        num_experts, room, width = rows.hidden.shape
-        valid = torch.arange(room) < rows.counts.unsqueeze(1)
-        index = valid.flatten().nonzero().squeeze(1)
-        hidden = rows.hidden.reshape(-1, width).index_select(0, index)
-        outputs = self._run(ContiguousRows(hidden=hidden, counts=rows.counts.tolist()))
-        return hidden.new_zeros(num_experts * room, width).index_copy_(0, index, outputs).view_as(rows.hidden)
+    def gate_up(self, rows: ExpertRows) -> ExpertRows:
+        return replace(rows, hidden=_on_filled(rows, lambda filled: self._gate_up(filled).hidden))
 
-    def _run(self, rows: ExpertRows) -> Tensor:
-        inner = swiglu(self._product(rows, rows.hidden, self._weights.gate_up))
-        return self._product(rows, inner, self._weights.down)
+    def down(self, inner: ExpertRows) -> Tensor:
+        return _on_filled(inner, self._down)
 
-    def _product(self, rows: ExpertRows, x: Tensor, weight: Tensor) -> Tensor:
-        if self._fp8_activations:
-            x = round_to_fp8(x)
+    def _gate_up(self, rows: ExpertRows) -> ExpertRows:
+        return replace(rows, hidden=swiglu(self._product(rows, self._weights.gate_up)))
+
+    def _down(self, inner: ExpertRows) -> Tensor:
+        return self._product(inner, self._weights.down)
+
+    def _product(self, rows: ExpertRows, weight: Tensor) -> Tensor:
+        x = round_to_fp8(rows.hidden) if self._fp8_activations else rows.hidden
         if isinstance(rows, ContiguousRows):
             return grouped_gemm_contiguous(x, weight, rows.counts)
         return grouped_gemm_masked(x, weight, rows.counts)
+
+
+def _on_filled(rows: ExpertRows, compute: Callable[[ExpertRows], Tensor]) -> Tensor:
+    """On a CPU only the valid rows of a masked block, as contiguous ones: it may look at the counts, a captured graph may not."""
+    if isinstance(rows, ContiguousRows) or rows.hidden.device.type != "cpu":
+        return compute(rows)
+    num_experts, room, width = rows.hidden.shape
+    valid = torch.arange(room) < rows.counts.unsqueeze(1)
+    index = valid.flatten().nonzero().squeeze(1)
+    hidden = rows.hidden.reshape(-1, width).index_select(0, index)
+    outputs = compute(ContiguousRows(hidden=hidden, counts=rows.counts.tolist()))
+    filled = outputs.new_zeros(num_experts * room, outputs.shape[1]).index_copy_(0, index, outputs)
+    return filled.view(num_experts, room, outputs.shape[1])
 
 
 def make_expert_runner(name: str, weights: ExpertWeights, *, fp8_activations: bool) -> ExpertRunner:

@@ -27,6 +27,11 @@ class Gate:
         self._weight = weight
         self._correction_bias = correction_bias
 
+    @property
+    def topk(self) -> int:
+        """Experts per token, K."""
+        return self._config.topk
+
     def select(self, hidden: Tensor) -> TopK:
         """hidden [T, H] -> the chosen experts of each token."""
         config = self._config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moesaic.eplb.replica_choice import ReplicaChoice
@@ -32,12 +33,15 @@ class DenseMLP:
 class SparseLayer:
     """Gate, dispatcher, experts and the shared expert (None when a model has none) of one layer.
 
-    `index` among the sparse layers. `replicas`: logical experts to slots (None: a slot's number is its expert's).
+    `index` among the sparse layers. `replicas`: logical experts to slots (None: a slot's number is its expert's), which
+    asks the other ranks if `replicas_communicate`. `num_slots` of all ranks.
     """
 
     index: int
+    num_slots: int
     gate: Gate
     replicas: ReplicaChoice | None
+    replicas_communicate: bool
     dispatcher: Dispatcher[Any]
     experts: ExpertRunner
     shared_expert: DenseMLP | None
@@ -47,3 +51,8 @@ class SparseLayer:
         if self.replicas is None:
             return topk
         return TopK(ids=self.replicas.select(self.index, topk.ids), weights=topk.weights)
+
+    def blank_topk(self, num_tokens: int, device: torch.device) -> TopK:
+        """A choice that can be dispatched and adds nothing: distinct slots in turn, weights 0."""
+        ids = torch.arange(num_tokens, device=device).unsqueeze(1) + torch.arange(self.gate.topk, device=device)
+        return TopK(ids=ids % self.num_slots, weights=torch.zeros(num_tokens, self.gate.topk, device=device))

@@ -11,24 +11,74 @@ from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, ExpertRows, Mas
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arranged:
-    """Rows for the experts and the way back."""
+class ExpertLayout:
+    """How the rows of a dispatch lie: the mode's layout for `num_local` experts, blocks aligned (contiguous rows only)."""
 
+    mode: DispatchMode
+    num_local: int
+    alignment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arranged:
+    """Rows for the experts and the way back. local_ids int64 [M, K] as they were given to `arrange`."""
+
+    layout: ExpertLayout
     rows: ExpertRows
     row_map: RowMap
+    local_ids: Tensor
 
 
-def arrange(hidden: Tensor, local_ids: Tensor, num_local: int, mode: DispatchMode, alignment: int) -> Arranged:
-    """hidden [M, H], local_ids int64 [M, K] (-1 = not here) -> the layout of `mode`.
+def arrange(hidden: Tensor, local_ids: Tensor, layout: ExpertLayout) -> Arranged:
+    """hidden [M, H], local_ids int64 [M, K] (-1 = not here) -> expert rows.
 
     The masked layout has room for all M tokens at every expert, as the fixed low-latency layout does.
     """
-    if mode is DispatchMode.NORMAL:
-        row_map, counts = contiguous_map(local_ids, num_local, alignment)
-        return Arranged(rows=ContiguousRows(hidden=to_rows(hidden, row_map), counts=counts), row_map=row_map)
-    row_map = masked_map(local_ids, num_local, hidden.shape[0])
-    blocks = to_rows(hidden, row_map).view(num_local, hidden.shape[0], hidden.shape[1])
-    return Arranged(rows=MaskedRows(hidden=blocks, counts=row_map.counts), row_map=row_map)
+    row_map, counts = _map(local_ids, layout)
+    rows = _as_rows(to_rows(hidden, row_map), counts, layout, len(local_ids))
+    return Arranged(layout=layout, rows=rows, row_map=row_map, local_ids=local_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrangedPart:
+    """Rows of some of the received tokens, in a layout of their own.
+
+    origin int64 [num_rows]: which row of the whole each one is (rows that no choice fills: any).
+    """
+
+    whole: Arranged
+    num_tokens: int
+    row_map: RowMap
+    counts: list[int] | Tensor
+    origin: Tensor
+
+    def pick(self, rows: ExpertRows) -> ExpertRows:
+        """Rows [.., any width] in the whole's layout -> this part's."""
+        flat = rows.hidden.reshape(self.whole.row_map.num_rows, rows.hidden.shape[-1])
+        return _as_rows(flat.index_select(0, self.origin), self.counts, self.whole.layout, self.num_tokens)
+
+
+def part_of(whole: Arranged, tokens: Tensor) -> ArrangedPart:
+    """tokens int64 [M']: the received tokens that the part has, in their order."""
+    row_map, counts = _map(whole.local_ids[tokens], whole.layout)
+    origin = row_map.row.new_zeros(row_map.num_rows + 1)
+    targets = row_map.row if row_map.elsewhere is None else row_map.row.masked_fill(row_map.elsewhere, row_map.num_rows)
+    origin.index_copy_(0, targets.flatten(), whole.row_map.row[tokens].flatten())  # choices elsewhere: into a row past the end
+    return ArrangedPart(whole=whole, num_tokens=len(tokens), row_map=row_map, counts=counts, origin=origin[: row_map.num_rows])
+
+
+def _map(local_ids: Tensor, layout: ExpertLayout) -> tuple[RowMap, list[int] | Tensor]:
+    """The rows' map and the counts that their layout tells."""
+    if layout.mode is DispatchMode.NORMAL:
+        return contiguous_map(local_ids, layout.num_local, layout.alignment)
+    row_map = masked_map(local_ids, layout.num_local, local_ids.shape[0])
+    return row_map, row_map.counts
+
+
+def _as_rows(flat: Tensor, counts: list[int] | Tensor, layout: ExpertLayout, num_tokens: int) -> ExpertRows:
+    if isinstance(counts, list):
+        return ContiguousRows(hidden=flat, counts=counts)
+    return MaskedRows(hidden=flat.view(layout.num_local, num_tokens, flat.shape[1]), counts=counts)
 
 
 def per_choice(expert_rows: Tensor, row_map: RowMap) -> Tensor:

@@ -123,12 +123,13 @@ def read_profile(path: str | Path, *, layout: Layout, modes: Collection[str]) ->
     """Read a profile for this layout, with measurements of exactly these modes. Raises BadProfile, also for other layouts."""
     document = _read_document(path)
     found = _object(path, document, "layout")
-    for name in sorted({*layout, *found}):
-        if layout.get(name) != found.get(name):
-            raise BadProfile(
-                f"{path}: measured with {name} {found.get(name, 'absent')}, this server has {layout.get(name, 'absent')}; "
-                "give this layout's own file, or start without --tbo-profile to measure it"
-            )
+    differing = [name for name in sorted({*layout, *found}) if layout.get(name) != found.get(name)]
+    if differing:
+        differences = (f"{name} {found.get(name, 'absent')}, this server has {layout.get(name, 'absent')}" for name in differing)
+        raise BadProfile(
+            f"{path}: measured with {'; with '.join(differences)}; "
+            "give this layout's own file, or start without --tbo-profile to measure it"
+        )
     measured = _object(path, document, "modes")
     if measured.keys() != set(modes):
         raise BadProfile(f"{path}: field 'modes' must hold {sorted(modes)}, it holds {sorted(measured)}")

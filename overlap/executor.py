@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesaic.overlap.operations import Recorder, State, run_stage
+from moesaic.overlap.operations import Failures, Recorder, State, run_stage
 from moesaic.overlap.stages import Stage
 
 
@@ -48,15 +48,17 @@ class Schedule:
                 turns.append(Turn(1, second[place - delta_stages]))
         return cls(tuple(turns), 2)
 
-    def run(self, states: Sequence[State], recorder: Recorder | None = None) -> None:
+    def run(self, states: Sequence[State], recorder: Recorder | None = None, failures: Failures | None = None) -> None:
         """Run every operation on its micro-batch's state; at most one step at a time.
 
-        Results stay in the states: the caller takes them and calls `State.finish`. After OperationError (it names operation, layer
-        and micro-batch) no further operation of either micro-batch runs. Raises ValueError when there isn't a state for each.
+        Results stay in the states: the caller takes them and calls `State.finish`. With `failures`, an operation that raises and
+        has a `blank` is left out: the caller must look there before it uses any result. Every other failure raises OperationError
+        (it names operation, layer and micro-batch), and no further operation of either micro-batch runs. Raises ValueError when
+        there isn't a state for each.
         """
         if len(states) != self.num_micro_batches:
             raise ValueError(f"a schedule of {self.num_micro_batches} micro-batches was given {len(states)} states")
         split = self.num_micro_batches > 1
         for turn in self.turns:
             micro_batch = turn.micro_batch
-            run_stage(turn.stage, states[micro_batch], micro_batch if split else None, recorder)
+            run_stage(turn.stage, states[micro_batch], micro_batch if split else None, recorder, failures)

@@ -33,6 +33,15 @@ class State:
         """Look at a value that a later operation will take."""
         return self._values[name]
 
+    def replace(self, name: str, value: Any) -> None:
+        """Put a value whether or not there is one: for what an operation that failed has put, or not."""
+        self._values[name] = value
+
+    def discard(self, *names: str) -> None:
+        """Drop values that are there: for what an operation that failed has taken, or not."""
+        for name in names:
+            self._values.pop(name, None)
+
     def finish(self) -> None:
         """Raises RuntimeError if a value was left behind."""
         if self._values:
@@ -41,11 +50,16 @@ class State:
 
 @dataclass(frozen=True)
 class Operation:
-    """`name` is what it does, the same in every layer; `layer` says where, for errors and timelines."""
+    """`name` is what it does, the same in every layer; `layer` says where, for errors and timelines.
+
+    blank: makes of the state what the operation would have made of it, with values that say nothing, however far the operation
+    came. None when the operation can't be left out, because others (or other ranks) depend on more than its values.
+    """
 
     name: str
     run: Callable[[State], None]
     layer: int | None = None
+    blank: Callable[[State], None] | None = None
 
     @property
     def title(self) -> str:
@@ -67,13 +81,36 @@ OperationList = Sequence[Operation | YieldOperation]
 
 
 class OperationError(RuntimeError):
-    """An operation raised; the cause is chained. micro_batch: None when the batch was not split."""
+    """An operation raised; the cause is chained. micro_batch: None when the batch was not split. rank: None when nobody has said.
 
-    def __init__(self, operation: Operation, micro_batch: int | None, cause: Exception) -> None:
-        where = "" if micro_batch is None else f" in micro-batch {micro_batch}"
-        super().__init__(f"operation {operation.title} failed{where}: {cause}")
+    fatal: the run ended there. Otherwise it went on with blank values and all other operations ran: its results say nothing, but
+    other ranks have noticed nothing either.
+    """
+
+    def __init__(self, operation: Operation, micro_batch: int | None, cause: Exception, *, fatal: bool) -> None:
+        super().__init__(operation, micro_batch, cause)
         self.operation = operation
         self.micro_batch = micro_batch
+        self.fatal = fatal
+        self.rank: int | None = None
+        self.__cause__ = cause
+
+    def __str__(self) -> str:
+        where = "" if self.micro_batch is None else f" in micro-batch {self.micro_batch}"
+        rank = "" if self.rank is None else f" on rank {self.rank}"
+        return f"operation {self.operation.title} failed{where}{rank}: {self.__cause__}"
+
+
+class Failures:
+    """Failures of operations that were left out of a run. Empty when all is well."""
+
+    def __init__(self) -> None:
+        self.first: OperationError | None = None
+
+    def add(self, error: OperationError) -> None:
+        """Note a failure; the first one counts, later ones may be its consequences."""
+        if self.first is None:
+            self.first = error
 
 
 class Recorder(Protocol):
@@ -84,24 +121,45 @@ class Recorder(Protocol):
     def leave(self) -> None: ...
 
 
-def run_stage(stage: Iterable[Operation], state: State, micro_batch: int | None, recorder: Recorder | None) -> None:
-    """Run operations in order. micro_batch: None when the batch was not split (recorded as 0). Raises OperationError."""
+def run_stage(
+    stage: Iterable[Operation],
+    state: State,
+    micro_batch: int | None,
+    recorder: Recorder | None = None,
+    failures: Failures | None = None,
+) -> None:
+    """Run operations in order. micro_batch: None when the batch was not split (recorded as 0).
+
+    An operation that raises and has a `blank` is left out and noted in `failures`. Without `failures` or a blank: OperationError.
+    """
     if recorder is not None:
-        _run_recorded(stage, state, micro_batch, recorder)
+        _run_recorded(stage, state, micro_batch, recorder, failures)
         return
     for operation in stage:
         try:
             operation.run(state)
         except Exception as error:
-            raise OperationError(operation, micro_batch, error) from error
+            _leave_out(operation, state, micro_batch, error, failures)
 
 
-def _run_recorded(stage: Iterable[Operation], state: State, micro_batch: int | None, recorder: Recorder) -> None:
+def _run_recorded(
+    stage: Iterable[Operation], state: State, micro_batch: int | None, recorder: Recorder, failures: Failures | None
+) -> None:
     for operation in stage:
         recorder.enter(operation, micro_batch or 0)
         try:
             operation.run(state)
         except Exception as error:
-            raise OperationError(operation, micro_batch, error) from error
+            _leave_out(operation, state, micro_batch, error, failures)
         finally:
             recorder.leave()
+
+
+def _leave_out(operation: Operation, state: State, micro_batch: int | None, error: Exception, failures: Failures | None) -> None:
+    if failures is None or operation.blank is None:
+        raise OperationError(operation, micro_batch, error, fatal=True)
+    try:
+        operation.blank(state)
+    except Exception:
+        raise OperationError(operation, micro_batch, error, fatal=True) from error
+    failures.add(OperationError(operation, micro_batch, error, fatal=False))

@@ -15,7 +15,10 @@ from moesaic.launch.engine.sequence import Int64Array, SequenceTable
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """input_ids int64 [T]; logit_rows int64: the sampled rows in the plan's order, then the rows of prompt logprobs."""
+    """input_ids int64 [T], those of decode rows blank: their tokens may not be known yet (step_job.py fills them in).
+
+    logit_rows int64: the sampled rows in the plan's order, then the rows of prompt logprobs.
+    """
 
     input_ids: Tensor
     metadata: AttentionMetadata
@@ -24,12 +27,12 @@ class Batch:
 
 
 def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.device) -> Batch:
-    """Rows, positions and KV slots of a plan. Works on arrays; only chunks are visited one by one."""
+    """Rows, positions and KV slots of a plan that is not launched yet. Works on arrays; only chunks are visited one by one."""
     slots = plan.decode_slots
     seq_lens = table.num_tokens[slots]
     decode_positions = seq_lens - 1
     decode_pages = table.pages[slots, decode_positions // page_size].astype(np.int64)
-    ids = [table.last_token[slots]]
+    ids = [np.zeros(len(slots), dtype=np.int64)]
     positions = [decode_positions]
     kv_slots = [decode_pages * page_size + decode_positions % page_size]
     extends, sampled, prompt_rows = [], [np.arange(len(slots))], []

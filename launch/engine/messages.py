@@ -15,9 +15,13 @@ from typing import Literal
 import msgspec
 
 from moesaic.eplb import status as eplb_status
+from moesaic.overlap import calibration
 
 RebalanceStatus = eplb_status.RebalanceStatus
 """The state of a rank's rebalance manager, for health and metrics."""
+
+OverlapProfile = calibration.Profile
+"""Timings of straight and split steps, and the thresholds that follow from them."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, tag=False, omit_defaults=True):
@@ -59,11 +63,29 @@ class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     finish: bool = False
 
 
-class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
-    """A server-wide command, sent to every rank; each DP leader answers with `ControlReply` of the same `control_id`."""
+class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What start_profile is told. Each rank writes <output_dir>/<profile_id>-rank<R>.trace.json.
+
+    `output_dir` "": the folder of SGLANG_TORCH_PROFILER_DIR, else the system's temporary one. `num_steps`: steps that run the
+    model, after which the profile ends by itself; None: until stop_profile. `profile_id` "": made of the command's id.
+    """
+
+    output_dir: str = ""
+    num_steps: int | None = None
+    profile_id: str = ""
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control", omit_defaults=True):
+    """A server-wide command, sent to every rank; each DP leader answers with `ControlReply` of the same `control_id`.
+
+    `profile`: for start_profile; None: all defaults.
+    """
 
     control_id: int
-    command: Literal["flush_cache", "start_record", "stop_record", "dump_record", "rebalance", "shutdown"]
+    command: Literal[
+        "flush_cache", "start_record", "stop_record", "dump_record", "start_profile", "stop_profile", "rebalance", "shutdown"
+    ]
+    profile: ProfileOptions | None = None
 
 
 class Wake(msgspec.Struct, frozen=True, kw_only=True, tag="wake"):
@@ -87,6 +109,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `finish_reason`: None while running; "stop" (`matched` holds the token id, which is not part of the text), "length", "abort".
     `prompt_logprobs` comes once, with the first output. `cached_tokens` is the prompt's prefix-cache hit in tokens.
     `queue_seconds`, with the first output: how long the request waited before it was admitted.
+    `failed`, with "abort": not the request is at fault but the step that ran it; `message` says what happened.
     """
 
     rid: int
@@ -98,6 +121,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     queue_seconds: float | None = None
+    failed: bool = False
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +151,17 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs", omit
     tokens: list[int] = []
 
 
-class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag="control_reply"):
-    """Answer of one DP leader to a `Control`. `message`: what to tell the client (for dump_record: the file's path)."""
+class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag="control_reply", omit_defaults=True):
+    """Answer of one DP leader to a `Control`. `message`: what to tell the client (for dump_record: the file's path).
+
+    `files`: of start_profile and stop_profile, the file of each rank of this DP group.
+    """
 
     control_id: int
     dp_rank: int
     ok: bool
     message: str = ""
+    files: tuple[str, ...] = ()
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
@@ -146,13 +174,17 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """A rank has finished starting. `phase_seconds` lists (phase, seconds); sizes in bytes and tokens."""
+    """A rank has finished starting. `phase_seconds` lists (phase, seconds); sizes in bytes and tokens.
+
+    `overlap_profile`: from rank 0, where two-batch overlap is on: what it was told or measured.
+    """
 
     rank: int
     max_total_num_tokens: int
     kv_bytes_per_token: int
     weight_bytes: int
     phase_seconds: list[tuple[str, float]]
+    overlap_profile: OverlapProfile | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):

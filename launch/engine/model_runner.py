@@ -17,17 +17,20 @@ from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
-from moesaic.launch.models.deepseek_v3 import LoadObserver
+from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
 from moesaic.launch.models.expert_slots import expert_location
 from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 from moesaic.launch.models.parallel import ParallelContext
+from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
+from moesaic.moe.communication import CommunicationWatcher
 from moesaic.moe.experts import ExpertWeights
+from moesaic.overlap.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy"."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". `single_batch_overlap`: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
@@ -40,6 +43,7 @@ class RunnerConfig:
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
+    single_batch_overlap: bool = False
 
 
 class ModelRunner:
@@ -74,10 +78,12 @@ class ModelRunner:
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,
+            single_batch_overlap=config.single_batch_overlap,
         )
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
+        self._timeline: Timeline | None = None
 
     @staticmethod
     def count_tensors(config: ModelConfig, parallel: ParallelContext, slots: SlotOptions) -> int:
@@ -106,6 +112,11 @@ class ModelRunner:
             device=torch.device(self.config.device),
         )
 
+    def clear_pages(self, pages: Tensor) -> None:
+        """Zero the KV of these pages, int64 [P]."""
+        assert self._pool is not None, "allocate_kv comes first"
+        self._pool.clear(pages)
+
     @property
     def experts(self) -> list[ExpertWeights]:
         """This rank's expert slots, sparse layer after sparse layer."""
@@ -116,10 +127,32 @@ class ModelRunner:
         """What maps logical experts to slots; None where that is the identity for good."""
         return self._model.replicas
 
+    @property
+    def model(self) -> DeepseekV3:
+        """For those who look into it; `forward` runs it."""
+        return self._model
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What records the operations and communications of the forwards; None: nothing does. To be set between two forwards."""
+        return self._timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self._timeline = timeline
+        self._model.communications.marks = None if timeline is None else TimelineMarks(timeline)
+
+    def watch_communications(self, watcher: CommunicationWatcher | None) -> None:
+        """Show every collective of the forwards to `watcher`, which may delay it; to be set between two forwards. A timeline marks
+        the delayed ones.
+        """
+        self._model.communications.transport = watcher
+
     def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None, split: ForwardSplit | None = None) -> Tensor:
         """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all.
 
-        `split`: run as these two micro-batches; on all ranks or on none.
+        `split`: run as these two micro-batches; on all ranks or on none. Raises OperationError: with `fatal` False only after all
+        collectives of the forward have been completed, so that the next forward may be run; the KV that this one wrote is void.
         """
         assert self._pool is not None, "allocate_kv comes first"
-        return self._model.forward(inputs, self._pool, observer, split)
+        return self._model.forward(inputs, self._pool, observer, split, self._timeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -32,15 +33,46 @@ def join_process_groups(topology: Topology, place: RankPlace, *, init_method: st
         ) from error
 
 
-def new_group_with_deadline(timeout_s: int) -> Callable[[tuple[int, ...]], dist.ProcessGroup]:
+NewGroup = Callable[[tuple[int, ...], str], dist.ProcessGroup]
+"""Called with the ranks of a group and what it is for: collectives that two threads submit must not share a group."""
+
+
+def new_group_with_deadline(timeout_s: int) -> NewGroup:
     """Creates groups whose collectives fail after `timeout_s`; only the members of a group call it."""
 
-    def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def new_group(ranks: tuple[int, ...], purpose: str) -> dist.ProcessGroup:
         timeout = timedelta(seconds=timeout_s)
-        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"{purpose} of ranks {ranks}"
+        )
         return group
 
     return new_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineGroups:
+    """Groups of all ranks for what is not a forward; None where there is nothing to say to anybody.
+
+    headers: for the thread that schedules. failures: for the thread that runs forwards, beside them. rebalance: for the movement of
+    weights alone.
+    """
+
+    headers: dist.ProcessGroup | None = None
+    failures: dist.ProcessGroup | None = None
+    rebalance: dist.ProcessGroup | None = None
+
+
+def make_engine_groups(topology: Topology, *, rebalances: bool, new_group: NewGroup) -> EngineGroups:
+    """Collective, as `make_parallel_context`."""
+    ranks = tuple(range(topology.world_size))
+    if len(ranks) == 1:
+        return EngineGroups()
+    return EngineGroups(
+        headers=new_group(ranks, "headers"),
+        failures=new_group(ranks, "failures"),
+        rebalance=new_group(ranks, "rebalance") if rebalances else None,
+    )
 
 
 def make_parallel_context(
@@ -49,17 +81,18 @@ def make_parallel_context(
     *,
     a2a_backend: str,
     dp_lm_head: bool,
-    new_group: Callable[[tuple[int, ...]], dist.ProcessGroup],
+    new_group: NewGroup,
 ) -> ParallelContext:
     """The rank's context with its groups. Collective: each rank asks `new_group` for the groups it is in, in the same order."""
 
-    def own_group(rank_lists: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+    def own_group(rank_lists: tuple[tuple[int, ...], ...], purpose: str = "forward") -> dist.ProcessGroup | None:
         ranks = next(ranks for ranks in rank_lists if place.rank in ranks)
         if len(ranks) == 1:
             return None
-        return new_group(ranks)
+        return new_group(ranks, purpose)
 
     size = topology.attn_tp_size
+    everyone = (tuple(range(topology.world_size)),)
     return ParallelContext(
         rank=place.rank,
         world_size=topology.world_size,
@@ -74,7 +107,8 @@ def make_parallel_context(
         dense_tp=topology.moe_dense_tp_size > 1,
         dp_lm_head=dp_lm_head,
         a2a_backend=a2a_backend,
-        world_group=own_group((tuple(range(topology.world_size)),)),
+        world_group=own_group(everyone),
         attn_tp_group=own_group(topology.attn_tp_groups),
         dp_group=own_group(topology.dp_groups),
+        rows_group=None if a2a_backend == "none" else own_group(everyone, "rows"),
     )

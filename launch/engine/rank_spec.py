@@ -11,12 +11,29 @@ from dataclasses import dataclass, field
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.topology import RankPlace, Topology
+from moesaic.overlap.calibration import Layout, Profile
+
+SPLIT_MODES = ("prefill", "decode")
+"""The forward modes that have a threshold of their own for two-batch overlap, as in `step.SplitThresholds`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdSource:
+    """Where the thresholds of two-batch overlap come from: rank 0's `profile`; where it has none, all ranks measure.
+
+    A measurement is filed under `layout` and `hardware`, and rank 0 writes it to `save_to` if that is given.
+    """
+
+    layout: Layout
+    hardware: str
+    profile: Profile | None = None
+    save_to: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
     """`dist_init_method` is `file://path` or `tcp://host:port` (rank 0 hosts the store) for torch.distributed; deadline
-    `config.dist_timeout`.
+    `config.dist_timeout`. `thresholds` is given where `config.two_batch_overlap` is on.
     """
 
     config: ResolvedConfig
@@ -27,3 +44,4 @@ class RankSpec:
     from_rank_endpoint: str
     slots: SlotOptions = field(default_factory=SlotOptions)
     rebalance: RebalanceSettings | None = None
+    thresholds: ThresholdSource | None = None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch.distributed as dist
-from torch import Tensor
 
 from moesaic.eplb.algorithm import place_experts
-from moesaic.eplb.load_counter import LoadCounter
+from moesaic.eplb.load_counter import FORWARD_MODES, ForwardMode, LoadCounter
 from moesaic.eplb.location import ExpertLocation, Int64Array
 from moesaic.eplb.manager import RebalanceManager
 from moesaic.eplb.mover import WeightMover
 from moesaic.eplb.settings import RebalanceSettings
 from moesaic.eplb.transfer import PendingSum, ProcessGroupWire, Quarantine, TreeSum
 from moesaic.launch.engine.model_runner import ModelRunner
+from moesaic.launch.models.deepseek_v3 import LoadObserver
 from moesaic.launch.models.expert_slots import expert_location
 from moesaic.launch.models.parallel import ParallelContext
 
@@ -30,9 +31,10 @@ class Rebalancing:
         self._settings = settings
         self._num_groups = model.n_group
         self._counts_tokens = parallel.counts_tokens
-        self._counter = LoadCounter(
-            num_layers=len(model.sparse_layers), num_experts=model.n_routed_experts, device=runner.config.device
-        )
+        num_layers, num_experts, device = len(model.sparse_layers), model.n_routed_experts, runner.config.device
+        self._counters = {
+            mode: LoadCounter(num_layers=num_layers, num_experts=num_experts, device=device) for mode in FORWARD_MODES
+        }
         self._replicas = runner.replicas
         wire, quarantine = ProcessGroupWire(group), Quarantine()
         mover = WeightMover(
@@ -49,7 +51,7 @@ class Rebalancing:
             rank=parallel.rank,
             config=settings.config,
             location=location,
-            take_counts=self._counter.take,
+            take_counts=self._take_counts,
             start_sum=start_sum,
             solve=self._solve,
             mover=mover,
@@ -57,10 +59,12 @@ class Rebalancing:
             switch=self._switch,
         )
 
-    def observe(self, layer_index: int, topk_ids: Tensor) -> None:
-        """Count the choices of tokens that this rank alone is responsible for."""
-        if self._counts_tokens:
-            self._counter.record(layer_index, topk_ids)
+    def observer(self, mode: ForwardMode) -> LoadObserver | None:
+        """What the sparse layers report to in a forward of this mode; None where another rank counts the same tokens."""
+        return self._counters[mode].record if self._counts_tokens else None
+
+    def _take_counts(self) -> Int64Array:
+        return np.stack([self._counters[mode].take() for mode in FORWARD_MODES])
 
     def _solve(self, counts: Int64Array, location: ExpertLocation) -> Int64Array:
         if not self._settings.moves:

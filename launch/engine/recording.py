@@ -56,8 +56,7 @@ class LoadRecording:
     @property
     def observer(self) -> LoadObserver | None:
         """What the model's sparse layers report to; None while off."""
-        recorder = self._recorder
-        return recorder.record if recorder is not None and recorder.is_recording and self._parallel.counts_tokens else None
+        return None if self._recorder is None or not self._parallel.counts_tokens else self._recorder.observer
 
     def end_step(self, num_tokens: int, forward_mode: str, positions: Tensor) -> None:
         """`num_tokens` of all DP ranks went through the step; `positions` int64 [T] of this DP rank's."""

@@ -4,9 +4,15 @@ Every step decodes all running sequences and spends its token budget on prompts 
 delays decoding by at most one chunk. It is a function of its messages alone (no clock, no randomness): the attention-TP ranks
 of a DP group run the same scheduler on the same messages and stay identical without talking.
 
+A step is launched before the results of the one before are known. `launch` therefore counts what is certain (KV is written, every
+sampled row gives a token), `settle_*` bring the values in. A sequence whose launched tokens reach its maximum is not scheduled
+again.
+
 Memory: a prompt's pages are allocated when it is admitted, decode pages one by one. Admission leaves room for the growth of running
 sequences, estimated as a share (`reserve_ratio`) of what they may still generate; when the estimate was too low, the sequence that
-would go last is retracted (its pages stay cached, it waits again, nothing is lost) and the share is raised.
+would go last is retracted (its pages stay cached, it waits again, nothing is lost) and the share is raised. Pages enter the prefix
+cache when the results of their forward are in. A page that is freed while a launched forward still uses it may be given away at
+once: forwards run in the order of their launch.
 """
 
 from __future__ import annotations
@@ -16,11 +22,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from moesaic.attention.page_allocator import PageAllocator
+from moesaic.attention.page_allocator import PageAllocator, PageArray
 from moesaic.attention.prefix_cache import PrefixCache
 from moesaic.launch.engine.messages import GenerateRequest
-from moesaic.launch.engine.plan import Chunk, Plan
+from moesaic.launch.engine.plan import Chunk, Launch, Plan
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
 
 RESERVE_START, RESERVE_MIN, RESERVE_DECAY = 0.4, 0.05, 0.998
@@ -43,7 +50,7 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Queues and memory of one DP rank. Per step: `schedule`, then (elsewhere) the forward, then `advance` per sampled token."""
+    """Queues and memory of one DP rank. Per step: `schedule`, `launch`, and once the forward's results are in, `settle_*`."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
@@ -106,59 +113,95 @@ class Scheduler:
         return sequence
 
     def remove(self, rid: int) -> Sequence | None:
-        """End a request wherever it is (finished or aborted); its full pages stay cached. None if it is not here."""
-        sequence = self._by_rid.pop(rid, None)
-        if sequence is None:
-            return None
-        if sequence.slot >= 0:
+        """End a request wherever it is (finished or aborted); its settled full pages stay cached. None if it is not here."""
+        sequence = self._take_out(rid)
+        if sequence is not None and sequence.slot >= 0:
+            self._share_pages(sequence)
             self._release(sequence)
-        else:
+        return sequence
+
+    def drop(self, rid: int) -> PageArray:
+        """End a running request whose KV can't be trusted: none of it is shared. Returns the freed pages, int32 [n]."""
+        sequence = self._take_out(rid)
+        assert sequence is not None and sequence.slot >= 0, f"request {rid} is not running"
+        return self._release(sequence)
+
+    def _take_out(self, rid: int) -> Sequence | None:
+        sequence = self._by_rid.pop(rid, None)
+        if sequence is not None and sequence.slot < 0:
             self._waiting.remove(sequence)
         return sequence
 
     # One step
 
+    def must_retract(self) -> bool:
+        """Whether `schedule` would send a sequence back now. Before it may, all results must be in (they may end some)."""
+        return len(self._starting_a_page()) > self.cache.available_pages()
+
     def schedule(self) -> Plan:
-        """The next step: all decoding sequences, then chunks within the budget."""
+        """The next step: all sequences that can decode, then chunks within the budget."""
         self._make_room_for_decode()
-        decode_slots = self._decoding
+        decode_slots = self._ready()
         return Plan(decode_slots, tuple(self._chunks()))
 
-    def advance_chunk(self, chunk: Chunk) -> None:
-        """The chunk's KV is computed. A completed sequence decodes from the next step on; its pages are shared from now on."""
+    def launch(self, plan: Plan) -> Launch:
+        """The model is given the plan of the last `schedule`. Sequences whose prompt it completes decode from the next step on."""
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed = chunk.end
+        slots = plan.sampled_slots()
+        if plan.chunks:
+            self._decoding = np.append(self._decoding, slots[plan.num_decode :])
+        if len(slots):
+            self._reserve_ratio = max(self._reserve_ratio * RESERVE_DECAY, RESERVE_MIN)
+        return Launch(plan, slots, self.table.owner[slots], self.table.launch(slots))
+
+    def settle_chunk(self, chunk: Chunk) -> None:
+        """A launched chunk of a sequence that still runs has its KV. A complete prompt's pages are shared from now on."""
         sequence = chunk.sequence
-        sequence.num_computed = chunk.start + chunk.length
+        sequence.num_settled = chunk.end
         if chunk.completes:
             self._share_pages(sequence)
-            self._decoding = np.append(self._decoding, sequence.slot)
 
-    def append_tokens(self, slots: Int64Array, tokens: Int64Array) -> None:
-        """One new token for each of these decoding slots (all distinct)."""
-        self.table.append(slots, tokens)
-        self._reserve_ratio = max(self._reserve_ratio * RESERVE_DECAY, RESERVE_MIN)
+    def settle_tokens(self, launch: Launch, tokens: Int64Array) -> npt.NDArray[np.bool_]:
+        """The tokens int64 [S] of a launch. Returns bool [S]: whose sequence still runs; the others' tokens are not wanted."""
+        lives = self.lives(launch)
+        self.table.settle(launch.slots[lives], launch.positions[lives], tokens[lives])
+        return lives
+
+    def lives(self, launch: Launch) -> npt.NDArray[np.bool_]:
+        """bool [S]: which sampled rows of a launch belong to sequences that still run."""
+        lives: npt.NDArray[np.bool_] = self.table.owner[launch.slots] == launch.owners
+        return lives
 
     # Memory
 
+    def _ready(self) -> Int64Array:
+        """Slots that can decode: those whose launched tokens reach their maximum only wait for the last one's value."""
+        slots = self._decoding
+        return slots[self.table.num_tokens[slots] < self.table.max_tokens[slots]]
+
+    def _starting_a_page(self) -> Int64Array:
+        """Slots whose next forward writes the first token of a page that they don't have yet."""
+        slots = self._ready()
+        return slots[(self.table.num_tokens[slots] - 1) // self.config.page_size >= self.table.num_pages[slots]]
+
     def _make_room_for_decode(self) -> None:
-        """A page for every decoding sequence whose next token starts one; retracts sequences while there are too few."""
-        page_size = self.config.page_size
-        while True:
-            slots = self._decoding
-            needs = slots[(self.table.num_tokens[slots] - 1) // page_size >= self.table.num_pages[slots]]
-            if len(needs) <= self.cache.available_pages():
-                break
+        """A page for every sequence whose next token starts one; retracts sequences while there are too few."""
+        while len(needs := self._starting_a_page()) > self.cache.available_pages():
             self._retract_one()
         if len(needs):
             self.table.pages[needs, self.table.num_pages[needs]] = self.cache.allocate(len(needs))
             self.table.num_pages[needs] += 1
 
     def _retract_one(self) -> None:
-        """Send the running sequence that would go last back to the queue."""
+        """Send the running sequence that would go last back to the queue. All its tokens must be known."""
         running = [self.table.sequence(slot) for slot in self._decoding.tolist()]
         if self._partial is not None:
             running.append(self._partial)
         victim = max(running, key=lambda sequence: sequence.precedence)
         assert len(running) > 1, "one sequence alone always fits: add() refuses what can't"
+        assert self.table.num_known[victim.slot] == self.table.num_tokens[victim.slot], "retracted with a token under way"
+        self._share_pages(victim)
         self._release(victim)
         victim.num_computed = 0
         victim.prompt_logprobs.clear()
@@ -167,28 +210,31 @@ class Scheduler:
         self.num_retracted += 1
         self._reserve_ratio = min(1.0, self._reserve_ratio * 2)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Take a running sequence's slot and pages; what it computed in full pages goes to (or stays in) the cache."""
+    def _release(self, sequence: Sequence) -> PageArray:
+        """Take a running sequence's slot and pages; what it shares with the cache stays there. Returns the freed pages."""
         slot = sequence.slot
-        self.table.sequence(slot)
         if self._partial is sequence:
             self._partial = None
         else:
             self._decoding = self._decoding[self._decoding != slot]
-        self._share_pages(sequence)
         row = self.table.remove(sequence)
         assert sequence.node is not None
-        owned = sequence.node.depth if self.cache.enabled else 0
-        self.cache.allocator.free(row[owned:])
+        freed = row[sequence.node.depth if self.cache.enabled else 0 :]
+        self.cache.allocator.free(freed)
         self.cache.release(sequence.node)
         sequence.node = None
         self._blocked = False
+        return freed
 
     def _share_pages(self, sequence: Sequence) -> None:
-        """Give the full pages computed so far to the prefix cache; duplicates are replaced by the cached ones."""
+        """Give the full settled pages to the prefix cache; duplicates are replaced by the cached ones.
+
+        A launched forward may still read the duplicates, but writes to no full page: they may be given away (see above).
+        """
+        self.table.sequence(sequence.slot)
         assert sequence.node is not None
         row = self.table.page_row(sequence.slot)
-        insertion = self.cache.insert(sequence.tokens[: sequence.num_computed], row, sequence.node)
+        insertion = self.cache.insert(sequence.tokens[: sequence.num_settled], row, sequence.node)
         sequence.node = insertion.node
         if insertion.num_replaced:
             row[:] = insertion.pages
@@ -247,7 +293,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]))
         sequence.node = match.node
-        sequence.num_computed = match.num_tokens
+        sequence.num_computed = sequence.num_settled = match.num_tokens
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = match.num_tokens
             sequence.admitted_at = time.monotonic()

@@ -1,8 +1,11 @@
 """One request on its way through a rank's scheduler, and the table of running ones as arrays.
 
-Knows no queues and no model. A sequence has `num_tokens` tokens (prompt and generated), of which `num_computed` have their KV in
-the pool. Its next forward computes the rest, and its last row gives the next token; so decoding is just the case where one token
-is missing, and a retracted sequence resumes like a new one with a longer prompt.
+Knows no queues and no model. A sequence has tokens (prompt and generated), of which some have their KV in the pool. Its next
+forward computes the rest, and its last row gives the next token; so decoding is just the case where one token is missing, and a
+retracted sequence resumes like a new one with a longer prompt.
+
+Forwards are launched before the results of the one before are in. What is launched counts at once: the token that a launched row
+will give is one of the sequence's tokens, its value not yet known. "Settled" is what results have come back for.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ MAX_TABLE_STOPS = 8
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`slot` is its row in the table, -1 while it waits. While it runs, its tokens and their number are the table's;
-    `SequenceTable.sequence` brings `num_tokens` and `num_computed` here up to date, and `tokens` is the table's row.
+    `SequenceTable.sequence` brings `num_tokens` and `num_settled` here up to date, and `tokens` is the table's row.
 
+    num_tokens: whose values are known. num_computed: prompt tokens whose forward is launched. num_settled: tokens whose KV is
+    in the pool for certain, what may be shared. arrival: unique.
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
 
@@ -40,6 +45,7 @@ class Sequence:
     arrival: int
     node: Node | None = None
     num_computed: int = 0
+    num_settled: int = 0
     cached_tokens: int = -1
     slot: int = -1
     stop_ids: frozenset[int] = frozenset()
@@ -90,7 +96,8 @@ class Sequence:
 class SequenceTable:
     """Running sequences as arrays over slots, so that a step touches Python objects only where something happens.
 
-    pages int32 [capacity, max_pages]: page rows; tokens int32 [capacity, max_tokens + 1]; the rest [capacity]. needs_event: the
+    pages int32 [capacity, max_pages]: page rows; tokens int32 [capacity, max_tokens + 1]; the rest [capacity]. num_tokens: with
+    those that launched rows will give; num_known: without them. owner: the sequence's arrival, -1 for a free slot. needs_event: the
     next token needs an output of its own even if it is neither the last nor a stop id.
     """
 
@@ -98,13 +105,14 @@ class SequenceTable:
         self._sequences: list[Sequence | None] = [None] * capacity
         self.tokens: Int32Array = np.empty((capacity, max_tokens + 1), dtype=np.int32)
         self.rid: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.owner: Int64Array = np.full(capacity, -1, dtype=np.int64)
         self.stop_ids: Int64Array = np.full((capacity, MAX_TABLE_STOPS), -1, dtype=np.int64)
         self.needs_event = np.zeros(capacity, dtype=np.bool_)
         self.pages: Int32Array = np.zeros((capacity, max_pages), dtype=np.int32)
         self.num_pages: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_known: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.max_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
-        self.last_token: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.temperature = np.zeros(capacity, dtype=np.float32)
         self.top_p = np.ones(capacity, dtype=np.float32)
         self.min_p = np.zeros(capacity, dtype=np.float32)
@@ -128,13 +136,14 @@ class SequenceTable:
         self.tokens[slot, : sequence.num_tokens] = sequence.tokens[: sequence.num_tokens]
         sequence.tokens = self.tokens[slot]
         self.rid[slot] = sequence.rid
+        self.owner[slot] = sequence.arrival
         stops = sampling.stop_token_ids[:MAX_TABLE_STOPS]
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(stops)] = stops
         self.needs_event[slot] = True
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = len(pages)
-        self.num_tokens[slot] = sequence.num_tokens
+        self.num_tokens[slot] = self.num_known[slot] = sequence.num_tokens
         self.max_tokens[slot] = sequence.max_tokens
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
@@ -152,6 +161,7 @@ class SequenceTable:
         sequence.tokens = sequence.tokens[: sequence.num_tokens].copy()
         row = self.page_row(slot).copy()
         self._sequences[slot] = None
+        self.owner[slot] = -1
         self.num_pages[slot] = 0
         self._free.append(slot)
         sequence.slot = -1
@@ -162,23 +172,24 @@ class SequenceTable:
         return self.pages[slot, : self.num_pages[slot]]
 
     def sequence(self, slot: int) -> Sequence:
-        """The sequence in a slot that is in use, brought up to date with what has been appended."""
+        """The sequence in a slot that is in use, brought up to date with what has been settled."""
         found = self._sequences[slot]
         assert found is not None, f"slot {slot} is empty"
-        num_tokens = int(self.num_tokens[slot])
-        if num_tokens > found.num_tokens:
-            found.num_tokens, found.num_computed = num_tokens, num_tokens - 1
+        num_known = int(self.num_known[slot])
+        if num_known > found.num_tokens:
+            found.num_tokens, found.num_settled = num_known, num_known - 1
         return found
 
-    def append(self, slots: Int64Array, tokens: Int64Array) -> None:
-        """One new token for each of these slots (all distinct)."""
-        self.tokens[slots, self.num_tokens[slots]] = tokens
-        self.last_token[slots] = tokens
-        self.num_tokens[slots] += 1
-        for row in np.flatnonzero(self.needs_history[slots]).tolist():
-            history = self.sequence(int(slots[row])).history
-            assert history is not None
-            history.append(int(tokens[row]))
+    def launch(self, slots: Int64Array) -> Int64Array:
+        """One token more for each of these slots (all distinct), its value not yet known. Returns the tokens' positions."""
+        positions = self.num_tokens[slots]
+        self.num_tokens[slots] = positions + 1
+        return positions
+
+    def settle(self, slots: Int64Array, positions: Int64Array, tokens: Int64Array) -> None:
+        """The values of launched tokens are known."""
+        self.tokens[slots, positions] = tokens
+        self.num_known[slots] = positions + 1
 
 
 def _history(request: GenerateRequest) -> TokenHistory | None:

@@ -124,7 +124,7 @@ def resolve_split(leaders: list[StepHeader], rules: StepRules, *, extends: bool,
 
 
 def _dispatch_plan(num_tokens: tuple[int, ...], rules: StepRules, mode: DispatchMode) -> DispatchPlan:
-    return DispatchPlan(mode=mode, num_tokens_per_rank=_dispatched(num_tokens, rules))
+    return DispatchPlan(mode=mode, num_tokens_per_rank=_dispatched(num_tokens, rules), overlaps=True)
 
 
 def _dispatched(num_tokens: tuple[int, ...], rules: StepRules) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from moesaic.launch.engine.messages import ProfileOptions
 from moesaic.launch.http.body import parse_body
 from moesaic.launch.http.control import Command
-from moesaic.launch.http.errors import ApiError, EngineFailedError, bad_request, json_response, unavailable
+from moesaic.launch.http.errors import EngineFailedError, bad_request, json_response, unavailable
 from moesaic.launch.http.job import FieldNames, make_jobs
 from moesaic.launch.http.run import Run
 from moesaic.launch.http.sampling import make_plan
@@ -75,28 +76,23 @@ async def _generate_one_token(services: Services) -> None:
 def _add_commands(router: APIRouter, services: Services) -> None:
     @router.api_route("/flush_cache", methods=BOTH)
     async def flush_cache() -> Response:
-        return await _command(services, "flush_cache", "the prefix cache is empty")
+        return await run_command(services, "flush_cache", "the prefix cache is empty")
 
     @router.api_route("/start_expert_distribution_record", methods=BOTH)
     async def start_record() -> Response:
-        return await _command(services, "start_record", "recording the expert distribution")
+        return await run_command(services, "start_record", "recording the expert distribution")
 
     @router.api_route("/stop_expert_distribution_record", methods=BOTH)
     async def stop_record() -> Response:
-        return await _command(services, "stop_record", "stopped recording the expert distribution")
+        return await run_command(services, "stop_record", "stopped recording the expert distribution")
 
     @router.api_route("/dump_expert_distribution_record", methods=BOTH)
     async def dump_record() -> Response:
-        return await _command(services, "dump_record", "dumped the expert distribution")
+        return await run_command(services, "dump_record", "dumped the expert distribution")
 
     @router.post("/rebalance_experts")
     async def rebalance_experts() -> Response:
-        return await _command(services, "rebalance", "a rebalance of the experts has begun")
-
-    @router.api_route("/start_profile", methods=BOTH)
-    @router.api_route("/stop_profile", methods=BOTH)
-    async def profile() -> Response:
-        raise ApiError(501, "profiling is not available yet", code="not_implemented")
+        return await run_command(services, "rebalance", "a rebalance of the experts has begun")
 
     @router.post("/abort_request")
     async def abort_request(request: Request) -> Response:
@@ -106,13 +102,20 @@ def _add_commands(router: APIRouter, services: Services) -> None:
         return json_response({"aborted": services.client.abort_named(None if body.abort_all else body.rid)})
 
 
-async def _command(services: Services, command: Command, done: str) -> Response:
-    """Run it on all DP ranks; their messages (such as the path of a dump) in the answer. 400 when one of them refuses."""
+async def run_command(
+    services: Services, command: Command, done: str, *, profile: ProfileOptions | None = None, timeout: float = 30.0
+) -> Response:
+    """Run it on all DP ranks; their messages and files (such as the path of a dump) in the answer. 400 when one of them refuses.
+
+    `profile`: of start_profile. `timeout` in seconds; 503 naming the silent ranks when it is over.
+    """
     try:
-        replies = await services.client.control(command)
+        replies = await services.client.control(command, timeout, profile=profile)
     except EngineFailedError as error:
         raise unavailable(str(error)) from None
     refusals = [f"DP rank {reply.dp_rank}: {reply.message or 'refused'}" for reply in replies if not reply.ok]
     if refusals:
         raise bad_request("; ".join(refusals))
-    return json_response({"success": True, "message": done, "ranks": [reply.message for reply in replies]})
+    answer: dict[str, object] = {"success": True, "message": done, "ranks": [reply.message for reply in replies]}
+    files = [file for reply in replies for file in reply.files]
+    return json_response({**answer, "files": files} if files else answer)

@@ -24,6 +24,7 @@ from moesaic.launch.engine.messages import (
     GenerateRequest,
     Heartbeat,
     LoadReport,
+    ProfileOptions,
     Progress,
     RankError,
     Ready,
@@ -214,14 +215,19 @@ class RankClient:
             self._send(self._group(flight.dp_rank), AbortRequest(rid=rid))
         return len(chosen)
 
-    async def control(self, command: Command, timeout: float = 30.0) -> list[ControlReply]:
-        """Send a command to every rank; the DP leaders' answers. Raises EngineFailedError when one does not answer."""
+    async def control(
+        self, command: Command, timeout: float = 30.0, *, profile: ProfileOptions | None = None
+    ) -> list[ControlReply]:
+        """Send a command to every rank; the DP leaders' answers. Raises EngineFailedError when one does not answer.
+
+        `timeout` in seconds; `profile`: of start_profile.
+        """
         problem = self.problem()
         if problem is not None:
             raise EngineFailedError(problem)
         every = range(self._config.world_size)
         try:
-            return await self._control.call(command, lambda message: self._send(every, message), timeout)
+            return await self._control.call(command, lambda message: self._send(every, message), timeout, profile)
         except TimeoutError as error:
             raise EngineFailedError(str(error)) from None
 

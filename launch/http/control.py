@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Callable
 from typing import Literal
 
-from moesaic.launch.engine.messages import Control, ControlReply
+from moesaic.launch.engine.messages import Control, ControlReply, ProfileOptions
 
-Command = Literal["flush_cache", "start_record", "stop_record", "dump_record", "rebalance"]
+Command = Literal["flush_cache", "start_record", "stop_record", "dump_record", "start_profile", "stop_profile", "rebalance"]
 
 
 class _Call:
@@ -31,12 +31,14 @@ class ControlCalls:
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
 
-    async def call(self, command: Command, send: Callable[[Control], None], timeout: float) -> list[ControlReply]:
+    async def call(
+        self, command: Command, send: Callable[[Control], None], timeout: float, profile: ProfileOptions | None = None
+    ) -> list[ControlReply]:
         """Send the command; the answers by DP rank. TimeoutError names the DP ranks that are silent."""
         control_id, call = next(self._ids), _Call()
         self._calls[control_id] = call
         try:
-            send(Control(control_id=control_id, command=command))
+            send(Control(control_id=control_id, command=command, profile=profile))
             await asyncio.wait_for(call.complete.wait(), timeout)
         except TimeoutError:
             silent = [str(dp_rank) for dp_rank in range(self._dp_size) if dp_rank not in call.replies]

@@ -18,7 +18,6 @@ _TYPES = {
     405: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
-    501: "not_implemented_error",
     503: "service_unavailable_error",
 }
 
@@ -56,6 +55,11 @@ class EngineFailedError(Exception):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def step_failed(message: str) -> ApiError:
+    """The step that ran a request failed; the engine goes on, so the same request may be sent again."""
+    return ApiError(500, message, code="step_failed")
 
 
 def unavailable(message: str) -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -101,11 +102,24 @@ def _server_info(services: Services) -> dict[str, Any]:
         "max_queued_requests": config.max_queued_requests,
         "max_total_num_tokens": sum(load.max_total_num_tokens for load in client.loads()),
         "context_length": config.context_length,
-        "resolution": list(config.resolution),
+        "resolution": _resolution(services),
         "status": "failing" if client.problem() else "ready",
         "version": config.version,
         "internal_states": [_internal_state(services)],
     }
+
+
+def _resolution(services: Services) -> list[Mapping[str, object]]:
+    """The report as the launcher made it, and with two-batch overlap what the ranks have measured since."""
+    ready = services.client.ready.get(0)
+    profile = None if ready is None else ready.overlap_profile
+    if profile is None:
+        return list(services.config.resolution)
+    calibration = {**asdict(profile), "split_from_tokens_per_dp_rank": profile.thresholds()}
+    return [
+        {**row, "calibration": calibration} if row.get("capability") == "two-batch overlap" else row
+        for row in services.config.resolution
+    ]
 
 
 def _internal_state(services: Services) -> dict[str, Any]:

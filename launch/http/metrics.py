@@ -7,6 +7,7 @@ Each server has its own registry. Metrics that nothing produces yet (speculation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -56,16 +57,15 @@ class _Rebalancing(Collector):
         status = self._status()
         if status is None:
             return
-        balancedness = GaugeMetricFamily(
-            PREFIX + "eplb_balancedness", "Mean / max GPU load of the last window", labels=("model_name", "forward_mode")
-        )
-        balancedness.add_metric((self._model, "all"), status.last_balancedness)
-        yield balancedness
+        yield from self._balances(status)
         gauges = {
             "eplb_degraded": ("1 while the last rebalance was abandoned or a part of it is stuck", float(status.degraded)),
-            "eplb_predicted_balancedness": ("What the last plan promised", status.last_predicted_balancedness),
             "eplb_last_move_seconds": ("How long the last movement of weights took", status.last_move_s),
         }
+        if status.last_predicted is not None:
+            predicted = status.last_predicted
+            gauges["eplb_predicted_balancedness"] = ("What the last plan promised for its window", predicted.balancedness)
+            gauges["eplb_predicted_balancedness_gap"] = ("How far that is below its bound, as a fraction", predicted.gap)
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
             gauge.add_metric((self._model,), value)
@@ -81,6 +81,19 @@ class _Rebalancing(Collector):
         moved = CounterMetricFamily(PREFIX + "eplb_moved_bytes", "Weights that one rank has received", labels=("model_name",))
         moved.add_metric((self._model,), status.bytes_moved)
         yield moved
+
+    def _balances(self, status: RebalanceStatus) -> Iterable[GaugeMetricFamily]:
+        """A forward mode without tokens in the last window is absent."""
+        rows = [
+            ("", "Mean / max GPU load of the last window", attrgetter("balancedness")),
+            ("_bound", "The most that any placement in as many slots could have had", attrgetter("bound")),
+            ("_gap", "How far balancedness is below its bound, as a fraction of the bound", attrgetter("gap")),
+        ]
+        for suffix, text, value in rows:
+            family = GaugeMetricFamily(PREFIX + "eplb_balancedness" + suffix, text, labels=("model_name", "forward_mode"))
+            for mode, balance in status.last_balances.items():
+                family.add_metric((self._model, mode), value(balance))
+            yield family
 
 
 def token_usage(load: LoadReport) -> float:

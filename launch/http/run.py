@@ -16,7 +16,7 @@ from typing import Literal, Self
 from moesaic.launch.engine.messages import RequestOutput, TokenLogprobs
 from moesaic.launch.http.client import Arrivals
 from moesaic.launch.http.detokenizer import Detokenizer
-from moesaic.launch.http.errors import ApiError, EngineFailedError, bad_request, unavailable
+from moesaic.launch.http.errors import ApiError, EngineFailedError, bad_request, step_failed, unavailable
 from moesaic.launch.http.job import Job
 from moesaic.launch.http.metrics import Metrics
 from moesaic.launch.http.services import Services
@@ -132,7 +132,10 @@ class Run:
         )
 
     async def updates(self) -> AsyncIterator[Update]:
-        """Updates of all sequences in order of arrival, until all have ended. ApiError 503 when the engine fails."""
+        """Updates of all sequences in order of arrival, until all have ended.
+
+        ApiError 503 when the engine fails, 500 when a step does that ran one of them.
+        """
         while self._open:
             rid, output = await self._arrivals.get()
             sequence = self._open.get(rid)
@@ -140,6 +143,8 @@ class Run:
                 raise unavailable(str(output))
             if sequence is None:
                 continue
+            if output.failed:
+                raise step_failed(output.message or "a step of the engine failed")
             update = _apply(sequence, output)
             _observe(self._services.metrics, update, output)
             if sequence.finish is not None:

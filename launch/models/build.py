@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,19 +16,16 @@ from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
-from moesaic.launch.models.deepseek_v3 import (
-    DeepseekV3,
-    DenseDecoderLayer,
-    Head,
-    LayerParts,
-    SparseDecoderLayer,
-)
-from moesaic.launch.models.expert_slots import choose_replicas, expert_location
+from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
+from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
+from moesaic.launch.models.layers import DenseDecoderLayer, LayerParts, SparseDecoderLayer
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import Shard, WeightSource
 from moesaic.moe.all_gather import AllGatherDispatcher
 from moesaic.moe.all_to_all import AllToAllDispatcher
+from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
+from moesaic.moe.counted_exchange import CountedExchange
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights, make_expert_runner
 from moesaic.moe.gate import Gate
@@ -36,7 +34,10 @@ from moesaic.moe.layer import DenseMLP, SparseLayer
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block."""
+    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block.
+
+    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -45,6 +46,7 @@ class BuildOptions:
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
+    single_batch_overlap: bool = False
 
 
 class DeepseekV3Builder:
@@ -63,9 +65,10 @@ class DeepseekV3Builder:
         self._parallel = parallel
         self._backend = backend
         self._options = options
-        self._group = AttentionTPGroup(parallel.attn_tp_rank, parallel.attn_tp_size, parallel.attn_tp_group)
+        self._communications = Communications()
+        self._group = AttentionTPGroup(parallel.attn_tp_rank, parallel.attn_tp_size, parallel.attn_tp_group, self._communications)
         self._location = expert_location(config, parallel, options.slots)
-        self._replicas = choose_replicas(self._location, parallel, options.slots, options.device)
+        self._replicas = choose_replicas(self._location, parallel, options.slots, options.device, self._communications)
         self._experts: list[ExpertWeights] = []
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
@@ -83,6 +86,8 @@ class DeepseekV3Builder:
             group=self._group,
             experts=self._experts,
             replicas=self._replicas,
+            communications=self._communications,
+            single_batch_overlap=self._options.single_batch_overlap,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -193,8 +198,10 @@ class DeepseekV3Builder:
         self._experts.append(experts)
         return SparseLayer(
             index=sparse_index,
+            num_slots=self._location.num_slots,
             gate=gate,
             replicas=self._replicas,
+            replicas_communicate=self._replicas is not None and replicas_communicate(self._parallel, self._options.slots),
             dispatcher=self._dispatcher(placement),
             experts=make_expert_runner(
                 self._options.expert_runner,
@@ -233,11 +240,29 @@ class DeepseekV3Builder:
                 dp_size=parallel.dp_size,
                 dp_group=parallel.dp_group,
                 reduce_group=parallel.world_group,
+                communications=self._communications,
                 alignment=alignment,
             )
         if parallel.a2a_backend == "torch":
-            return AllToAllDispatcher(placement=placement, group=parallel.world_group, alignment=alignment)
+            return AllToAllDispatcher(
+                placement=placement,
+                group=parallel.world_group,
+                exchange=self._exchange,
+                communications=self._communications,
+                alignment=alignment,
+                halves=self._options.single_batch_overlap,
+            )
         raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+
+    @cached_property
+    def _exchange(self) -> CountedExchange:
+        """One for all layers: rows leave in one order."""
+        return CountedExchange(
+            size=self._parallel.ep_size,
+            counts_group=self._parallel.world_group,
+            rows_group=self._parallel.rows_group,
+            communications=self._communications,
+        )
 
     def _head(self) -> Head:
         config, parallel = self._config, self._parallel

@@ -16,6 +16,7 @@ from moesaic.eplb.replica_choice import ReplicaChoice, make_replica_choice
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.parallel import ParallelContext
+from moesaic.moe.communication import Communications
 
 BATCH_ALGORITHMS = ("balanced", "activated")
 """Replica choices that look at the whole batch, and so need the counts of all ranks."""
@@ -33,7 +34,14 @@ def expert_location(config: ModelConfig, parallel: ParallelContext, options: Slo
     )
 
 
-def choose_replicas(location: ExpertLocation, parallel: ParallelContext, options: SlotOptions, device: str) -> ReplicaChoice | None:
+def replicas_communicate(parallel: ParallelContext, options: SlotOptions) -> bool:
+    """Whether the choice of replicas asks other ranks, in every sparse layer."""
+    return options.replica_choice in BATCH_ALGORITHMS and _TokenSource.of(parallel).count > 1
+
+
+def choose_replicas(
+    location: ExpertLocation, parallel: ParallelContext, options: SlotOptions, device: str, communications: Communications
+) -> ReplicaChoice | None:
     """What maps logical experts to slots; None where a slot's number is its expert's and stays so."""
     is_identity = (
         location.num_slots == location.num_experts and (location.physical_to_logical == np.arange(location.num_slots)).all()
@@ -52,7 +60,7 @@ def choose_replicas(location: ExpertLocation, parallel: ParallelContext, options
         seed=options.seed,
         device=torch.device(device),
         weights=weights,
-        gather_counts=source.gather,
+        gather_counts=lambda counts: source.gather(counts, communications),
     )
 
 
@@ -80,7 +88,7 @@ class _TokenSource:
             index=parallel.dp_rank, count=parallel.dp_size, group=parallel.dp_group, ep_rank=leader // parallel.moe_tp_size
         )
 
-    def gather(self, counts: Tensor) -> Tensor:
+    def gather(self, counts: Tensor, communications: Communications) -> Tensor:
         """One source's tokens per expert [E] -> those of all, [count, E]."""
         row = counts.unsqueeze(0)
-        return row if self.count == 1 else all_gather_rows(row, self.group, self.count)
+        return row if self.count == 1 else all_gather_rows(row, self.group, self.count, "count gather", communications)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 class ParallelContext:
     """rank = dp_rank * attn_tp_size + attn_tp_rank = ep_rank * moe_tp_size + moe_tp_rank. Groups of one rank are None.
 
-    `dp_group` joins the ranks with the same attn_tp_rank, `attn_tp_group` those of one DP rank, `world_group` all. `a2a_backend` is
-    "none" or "torch".
+    `dp_group` joins the ranks with the same attn_tp_rank, `attn_tp_group` those of one DP rank, `world_group` all; so does
+    `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none" or "torch".
     """
 
     rank: int = 0
@@ -31,6 +31,7 @@ class ParallelContext:
     world_group: dist.ProcessGroup | None = None
     attn_tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
+    rows_group: dist.ProcessGroup | None = None
 
     @property
     def scatters_tokens(self) -> bool:

@@ -155,7 +155,7 @@ def test_a_killed_rank_ends_every_request_and_the_server_names_it(model: TinyMod
 
 def test_two_nodes_on_loopback_give_the_same_tokens(model: TinyModel, tmp_path: Path) -> None:
     flags = ("--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-a2a-backend", "torch", "--max-total-tokens", "2048")
-    shared = (*flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+    shared = (*flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port(following=4)}")
     second = LiveServer(model.folder, tmp_path / "node1", *shared, "--node-rank", "1", ready="")
     try:
         with LiveServer(model.folder, tmp_path / "node0", *shared, "--node-rank", "0") as first, first.client() as client:

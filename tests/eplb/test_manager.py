@@ -127,6 +127,7 @@ def test_without_tokens_nothing_is_moved() -> None:
         rank.counts[:] = 0
     members.run_cycle()
     assert members.status().last_skip_reason == "no tokens were counted"
+    assert members.status().last_balances == {}
 
 
 def test_the_present_placement_moves_nothing() -> None:
@@ -149,6 +150,53 @@ def test_the_realised_gain_is_what_the_replaced_placement_would_have_taken() -> 
     # 4 forwards of 1 s (the tick), half of it experts, which would have taken twice as long.
     assert members.status().last_realised_gain_s == pytest.approx(4 * 1.0 * 0.5)
     assert members.status().last_skip_reason == "the wanted placement is the present one"
+
+
+def two_modes() -> Cluster:
+    """Four experts on two GPUs: experts 0 and 1 share one, and are hot in prefill. Solves find nothing better."""
+    members = Cluster(ExpertLocation(physical_to_logical=np.array([[0, 1, 2, 3]]), num_experts=4, ep_size=2), [])
+    for rank in members.ranks:
+        rank.counts[:] = [[[50, 50, 0, 0]], [[30, 0, 10, 10]]]
+    return members
+
+
+def test_every_balancedness_stands_beside_its_bound_for_all_tokens_and_per_forward_mode(caplog: pytest.LogCaptureFixture) -> None:
+    members = two_modes()
+    with caplog.at_level("INFO", logger="moesaic.eplb.manager"):
+        members.run_cycle()
+    # All: 260 and 40 tokens on the GPUs, expert 0 alone has 160. Decode: 60 and 40, and expert 0 alone is the 60.
+    figures = {mode: (balance.balancedness, balance.bound) for mode, balance in members.status().last_balances.items()}
+    assert figures == {
+        "all": (pytest.approx(150 / 260), pytest.approx(150 / 160)),
+        "prefill": (pytest.approx(1 / 2), pytest.approx(1)),
+        "decode": (pytest.approx(50 / 60), pytest.approx(50 / 60)),
+    }
+    assert members.status().last_balances["decode"].gap == 0
+    assert members.status().last_predicted == members.status().last_balances["all"]
+    line = "balancedness 0.577 of at most 0.938 (gap 38.5%); prefill 0.500 of at most 1.000 (gap 50.0%); "
+    assert line + "decode 0.833 of at most 0.833 (gap 0.0%)" in caplog.text
+
+
+def test_what_had_no_tokens_has_no_balancedness() -> None:
+    members = two_modes()
+    assert members.status().last_balances == {}
+    assert members.status().last_predicted is None
+    for rank in members.ranks:
+        rank.counts[0] = 0
+    members.run_cycle()
+    assert members.status().last_balances.keys() == {"all", "decode"}
+
+
+def test_a_plan_says_what_it_promises_under_the_same_bound(caplog: pytest.LogCaptureFixture) -> None:
+    members = cluster()
+    with caplog.at_level("INFO", logger="moesaic.eplb.manager"):
+        members.run_cycle()
+    status = members.status()
+    before, after = status.last_balances["all"], status.last_predicted
+    assert after is not None
+    assert before.balancedness < after.balancedness <= after.bound == before.bound
+    promise = f"balancedness {before.balancedness:.3f} -> {after.balancedness:.3f} of at most {before.bound:.3f} "
+    assert promise + f"(gap {before.gap:.1%} -> {after.gap:.1%})" in caplog.text
 
 
 def count_events() -> dict[str, int]:

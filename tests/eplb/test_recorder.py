@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moesaic.eplb.load_counter import LoadCounter
 from moesaic.eplb.load_record import BadLoadRecord, LoadRecord, load
 from moesaic.eplb.recorder import ExpertLoadRecorder
 from moesaic.eplb.token_recorder import ExpertTokenRecorder, load_tokens
@@ -44,6 +46,26 @@ def test_every_choice_is_counted_once_and_padding_never() -> None:
     assert np.array_equal(record.logical_count, counts.reshape(3, 2, 3, 4).sum(axis=1))
     assert record.num_tokens is not None
     assert record.num_tokens.tolist() == np.reshape(num_tokens, (3, 2)).sum(axis=1).tolist()
+
+
+def test_choices_of_many_shapes_are_all_counted_and_few_tensors_are_kept_for_it() -> None:
+    counter = LoadCounter(num_layers=2, num_experts=NUM_EXPERTS)
+    rng = np.random.default_rng(0)
+    expected = np.zeros((2, NUM_EXPERTS), dtype=np.int64)
+    tensors: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    for num_tokens in [*rng.integers(0, 50, 900), 9000, *[0] * 3000, 1, *rng.integers(0, 5000, 9)]:
+        for layer in (1, 0):
+            topk_ids = rng.integers(-1, NUM_EXPERTS, size=(num_tokens, 2))
+            expected[layer] += np.bincount(topk_ids.ravel() + 1, minlength=NUM_EXPERTS + 1)[1:]
+            held = torch.from_numpy(topk_ids)
+            counter.record(layer, held)
+            tensors.add(held)
+            del held
+            assert len(tensors) < 1024
+            assert sum(tensor.numel() for tensor in tensors) < 1 << 14
+    assert np.array_equal(counter.take(), expected)
+    assert not counter.take().any()
+    assert not tensors
 
 
 def test_an_open_window_is_part_of_the_snapshot_and_goes_on() -> None:
@@ -323,6 +345,8 @@ def test_what_is_no_file_of_tokens_is_refused(tmp_path: Path) -> None:
         load_tokens(tmp_path / "text.npz")
     with pytest.raises(BadLoadRecord, match="no such file"):
         load_tokens(tmp_path / "absent.npz")
+    with pytest.raises(BadLoadRecord, match=r"expected a \.npz file"):
+        load_tokens(tmp_path / "absent.pt")
     with pytest.raises(BadLoadRecord, match=r"must end in \.npz"):
         make_token_recorder().dump(tmp_path / "tokens.pt")
     with pytest.raises(ValueError, match="one token takes 28 bytes"):

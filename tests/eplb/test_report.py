@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from moesaic.eplb.algorithm import place_experts
+from moesaic.eplb.bounds import gap
 from moesaic.eplb.heat_map import RAMP, colour_limit, png_data_uri
 from moesaic.eplb.load_record import LoadRecord
 from moesaic.eplb.location import ExpertLocation
-from moesaic.eplb.report import BadReport, BalanceReport, balance_report, gap, merge_windows
+from moesaic.eplb.report import BadReport, BalanceReport, balance_report, merge_windows
 from moesaic.eplb.report_html import render_html
 from moesaic.eplb.report_json import report_json
 from moesaic.eplb.report_png import save_report_png

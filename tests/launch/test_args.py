@@ -74,6 +74,8 @@ def test_a_prefix_of_a_flag_is_not_that_flag() -> None:
         ("--tp two", "'two'"),
         ("--node-rank -1", "0 or more"),
         ("--mem-fraction-static 1.5", "fraction"),
+        ("--tbo-token-distribution-threshold 0.51", "a share in 0..0.5"),
+        ("--tbo-token-distribution-threshold nan", "a share in 0..0.5"),
         ("--chunked-prefill-size 0", "-1 for no chunking"),
         ("--dist-init-addr host", "HOST:PORT"),
         ("--dtype float16", "float16"),
@@ -99,7 +101,7 @@ def test_what_is_not_built_is_refused_unless_it_is_off(flag) -> None:  # type: i
 
 def test_everything_not_built_comes_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_serve(["--model-path", "m", "--enable-two-batch-overlap", "--pp-size", "2", "--cuda-graph-bs", "1", "2", "4"])
+        parse_serve(["--model-path", "m", "--enable-hierarchical-cache", "--pp-size", "2", "--cuda-graph-bs", "1", "2", "4"])
 
     assert len(str(caught.value).splitlines()) == 1 + 3
 

@@ -100,6 +100,15 @@ def test_the_dispatch_mode(backend: str, mode: str, settled: str) -> None:
     assert f"mode {settled}" in row(resolution, "dispatch")["chosen"]
 
 
+@pytest.mark.parametrize("hardware", [LAPTOP, GPU_BOX])
+def test_scheduling_overlaps_the_model_unless_it_is_switched_off(hardware: Hardware) -> None:
+    on, off = settle(hardware=hardware), settle(hardware=hardware, disable_overlap_schedule=True)
+
+    assert on.config.overlap_schedule and not off.config.overlap_schedule
+    assert row(on, "overlap schedule")["chosen"].startswith("on")
+    assert row(off, "overlap schedule")["refused"] == [{"candidate": "on", "reason": "--disable-overlap-schedule"}]
+
+
 @pytest.mark.parametrize("backend", ["none", "torch"])
 def test_low_latency_is_refused_while_a_step_may_exceed_its_cap(backend: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -161,8 +170,7 @@ def test_falling_back_to_the_cpu_is_a_downgrade_that_strict_refuses() -> None:
 def test_strict_accepts_choices_that_were_written_down() -> None:
     settle(strict=True, device="cpu")
     flags = {"attention_backend": "torch", "moe_runner_backend": "torch"}
-    switches = {"disable_cuda_graph": True, "disable_overlap_schedule": True}
-    settle(strict=True, hardware=GPU_BOX, **flags, **switches)
+    settle(strict=True, hardware=GPU_BOX, disable_cuda_graph=True, **flags)
 
 
 def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
@@ -176,7 +184,6 @@ def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
         "--moe-runner-backend torch",
         "--quantization none",
         "--disable-cuda-graph",
-        "--disable-overlap-schedule",
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.launch.cli import main
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.timeline_cli import run_timeline
 from moesaic.overlap.executor import Schedule
@@ -55,6 +56,15 @@ def test_the_tables_show_ranks_operations_and_waits(files: list[str], capsys: py
     shown = capsys.readouterr().out
     for words in ("2 ranks, 3 steps", "hidden communication:", "idle computation row:", "dispatch_b", "dispatch <&> of layer"):
         assert words in shown
+
+
+def test_it_is_a_subcommand_that_refuses_in_one_line(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["timeline", *files]) == 0
+    assert "hidden communication:" in capsys.readouterr().out
+    assert main(["timeline", "absent.json"]) == 2
+    assert capsys.readouterr().err == "moesaic timeline: absent.json: no such file\n"
+    assert main(["--help"]) == 0
+    assert "moesaic timeline TRACE..." in capsys.readouterr().out
 
 
 def test_the_report_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ from dispatch_jobs import HIDDEN, DispatchCase, DispatchResult, direct_sum, disp
 from rank_pool import RankPool
 
 from moesaic.moe.all_to_all import AllToAllDispatcher
+from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement
+from moesaic.moe.counted_exchange import CountedExchange
 from moesaic.moe.dispatcher import DispatchMode
 from moesaic.moe.token_bytes import empty_token, pack_tokens, unpack_tokens
 
@@ -71,6 +73,37 @@ def test_all_gather_gives_the_direct_sum_whatever_dp_and_the_split_of_experts(
         _check(case, results)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("backend", "world", "dp"), [("torch", 2, 2), ("torch", 4, 4), ("none", 2, 2), ("none", 2, 1)])
+def test_outputs_in_two_halves_are_bit_for_bit_those_of_the_whole(
+    rank_pool: RankPool, backend: str, world: int, dp: int, mode: DispatchMode
+) -> None:
+    """Except where the reduction of many ranks orders its sums by the row's place (backend none, checked below)."""
+    wholes = _variations(DispatchCase(backend=backend, mode=mode, world=world, ep=world, counts=(1,) * dp))
+    halves = [replace(case, halves=True) for case in wholes]
+    for case, whole, halved in zip(halves, _run(rank_pool, wholes), _run(rank_pool, halves), strict=True):
+        _check(case, halved)
+        assert all(torch.equal(one.output, other.output) for one, other in zip(whole, halved, strict=True)), case
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("world", "dp", "ep"), [(1, 1, 1), (4, 2, 2), (4, 4, 4)])
+def test_all_gather_gives_the_direct_sum_in_two_halves(
+    rank_pool: RankPool, world: int, dp: int, ep: int, mode: DispatchMode
+) -> None:
+    cases = _variations(DispatchCase(backend="none", mode=mode, world=world, ep=ep, counts=(1,) * dp, halves=True))
+    for case, results in zip(cases, _run(rank_pool, cases), strict=True):
+        _check(case, results)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_rows_that_leave_without_the_caller_arrive_alike(rank_pool: RankPool, ep: int) -> None:
+    base = DispatchCase(backend="torch", mode=DispatchMode.NORMAL, world=ep, ep=ep, counts=(1,) * ep, overlaps=True)
+    cases = _variations(base)
+    for case, results in zip(cases, _run(rank_pool, cases), strict=True):
+        _check(case, results)
+
+
 @pytest.mark.parametrize("backend", ["torch", "none"])
 def test_alignment_pads_rows_and_changes_no_result(rank_pool: RankPool, backend: str) -> None:
     base = DispatchCase(backend=backend, mode=DispatchMode.NORMAL, world=2, ep=2, counts=(7, 4))
@@ -101,8 +134,15 @@ def test_normal_mode_receives_exactly_the_rows_of_its_experts(rank_pool: RankPoo
 
 
 def test_expert_parallelism_without_a_group_is_refused() -> None:
+    alone = CountedExchange(size=1, counts_group=None, rows_group=None, communications=Communications())
     with pytest.raises(ValueError, match="over 2 ranks needs a process group"):
-        AllToAllDispatcher(placement=ExpertPlacement(num_slots=4, ep_size=2, ep_rank=0), group=None, alignment=1)
+        AllToAllDispatcher(
+            placement=ExpertPlacement(num_slots=4, ep_size=2, ep_rank=0),
+            group=None,
+            exchange=alone,
+            communications=Communications(),
+            alignment=1,
+        )
 
 
 def test_experts_are_split_in_equal_runs_or_refused() -> None:

@@ -16,7 +16,7 @@ from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner, make_expert_runner
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP
-from moesaic.moe.layouts import arrange, per_choice, weighted
+from moesaic.moe.layouts import ExpertLayout, arrange, per_choice, weighted
 
 HIDDEN, INNER, EXPERTS = 150, 140, 5
 """More than one quantisation block each, the last one ragged."""
@@ -47,7 +47,7 @@ def test_both_layouts_give_each_choice_the_same_output(num_tokens: int, fp8: boo
     runner = TorchExpertRunner(WEIGHTS, fp8_activations=fp8)
     outputs = []
     for mode, alignment in ((DispatchMode.NORMAL, 1), (DispatchMode.NORMAL, 16), (DispatchMode.LOW_LATENCY, 1)):
-        arranged = arrange(hidden, ids, EXPERTS, mode, alignment)
+        arranged = arrange(hidden, ids, ExpertLayout(mode=mode, num_local=EXPERTS, alignment=alignment))
         rows = runner.run(arranged.rows)
         assert rows.shape == arranged.rows.hidden.shape
         outputs.append(per_choice(rows, arranged.row_map))

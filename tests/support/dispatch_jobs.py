@@ -10,7 +10,9 @@ from torch import Tensor
 
 from moesaic.moe.all_gather import AllGatherDispatcher
 from moesaic.moe.all_to_all import AllToAllDispatcher
+from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement
+from moesaic.moe.counted_exchange import CountedExchange
 from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import TopK
@@ -23,7 +25,7 @@ class DispatchCase:
     """`counts`: tokens of each source (a rank for "torch", a DP rank for "none").
 
     `only_expert_rank`: all choices fall on this EP rank. "none" runs dp = len(counts) groups, and splits each expert over
-    world / ep ranks.
+    world / ep ranks. `halves`: outputs go back in two halves. `overlaps`: see `DispatchPlan`.
     """
 
     backend: str
@@ -35,6 +37,8 @@ class DispatchCase:
     topk: int = 3
     alignment: int = 1
     only_expert_rank: int | None = None
+    halves: bool = False
+    overlaps: bool = False
     seed: int = 0
 
     def describe(self) -> str:
@@ -95,13 +99,21 @@ def _run(rank: int, case: DispatchCase) -> DispatchResult:
     source = rank * len(case.counts) // case.world
     hidden, topk = case_inputs(case, source)
     dispatcher = _dispatcher(rank, case, placement, source)
-    handle = dispatcher.dispatch_a(hidden, topk, DispatchPlan(mode=case.mode, num_tokens_per_rank=case.counts))
+    handle = dispatcher.dispatch_a(
+        hidden, topk, DispatchPlan(mode=case.mode, num_tokens_per_rank=case.counts, overlaps=case.overlaps)
+    )
     received = dispatcher.dispatch_b(handle)  # type: ignore[arg-type]
     runner = TorchExpertRunner(_own_experts(case, placement, rank % moe_tp, moe_tp))
-    handle = dispatcher.combine_a(runner.run(received.rows), received.handle)  # type: ignore[arg-type]
+    if case.halves:
+        inner, halves = runner.gate_up(received.rows), dispatcher.halve(received)  # type: ignore[arg-type]
+        handles = [dispatcher.combine_a(runner.down(half.pick(inner)), half.handle) for half in halves]  # type: ignore[arg-type]
+        output = torch.cat([dispatcher.combine_b(handle) for handle in handles])  # type: ignore[arg-type]
+    else:
+        handle = dispatcher.combine_a(runner.run(received.rows), received.handle)  # type: ignore[arg-type]
+        output = dispatcher.combine_b(handle)  # type: ignore[arg-type]
     masked = isinstance(received.rows, MaskedRows)
     return DispatchResult(
-        output=dispatcher.combine_b(handle),  # type: ignore[arg-type]
+        output=output,
         rows_shape=tuple(received.rows.hidden.shape),
         masked=masked,
         counts=torch.as_tensor(received.rows.counts).tolist(),
@@ -110,8 +122,22 @@ def _run(rank: int, case: DispatchCase) -> DispatchResult:
 
 def _dispatcher(rank: int, case: DispatchCase, placement: ExpertPlacement, source: int) -> AllGatherDispatcher | AllToAllDispatcher:
     everyone = rank_pool.group_of(tuple(range(case.world))) if case.world > 1 else None
+    communications = Communications()
     if case.backend == "torch":
-        return AllToAllDispatcher(placement=placement, group=everyone, alignment=case.alignment)
+        exchange = CountedExchange(
+            size=case.world,
+            counts_group=everyone,
+            rows_group=rank_pool.group_of(tuple(range(case.world)), "rows") if case.world > 1 else None,
+            communications=communications,
+        )
+        return AllToAllDispatcher(
+            placement=placement,
+            group=everyone,
+            exchange=exchange,
+            communications=communications,
+            alignment=case.alignment,
+            halves=case.halves,
+        )
     dp_size = len(case.counts)
     attn_tp = case.world // dp_size
     peers = tuple(range(rank % attn_tp, case.world, attn_tp))
@@ -121,6 +147,7 @@ def _dispatcher(rank: int, case: DispatchCase, placement: ExpertPlacement, sourc
         dp_size=dp_size,
         dp_group=rank_pool.group_of(peers) if dp_size > 1 else None,
         reduce_group=everyone,
+        communications=communications,
         alignment=case.alignment,
     )
 
@@ -131,4 +158,7 @@ def _own_experts(case: DispatchCase, placement: ExpertPlacement, part: int, part
     experts = slice(placement.first, placement.first + placement.num_local)
     gate, up = weights.gate_up[experts].chunk(2, dim=1)
     gate_up = torch.cat([half.chunk(parts, dim=1)[part] for half in (gate, up)], dim=1)
-    return ExpertWeights(gate_up=gate_up, down=weights.down[experts].chunk(parts, dim=2)[part].contiguous())
+    down = weights.down[experts].chunk(parts, dim=2)[part]
+    # As the model's builder lays them out: then a row's output does not depend on the rows beside it.
+    gate_up, down = (weight.transpose(1, 2).contiguous().transpose(1, 2) for weight in (gate_up, down))
+    return ExpertWeights(gate_up=gate_up, down=down)

@@ -58,6 +58,7 @@ class EchoRank:
     operation_seconds: float = 0.0
     step_seconds: float = 0.0
     refuse_control: bool = False
+    failure: str | None = None  # ends the requests of the next step as a failed step does
     error: RankError | None = None
     _running: dict[int, _Running] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -148,7 +149,8 @@ class EchoRank:
             case Control():
                 if self._leads:
                     ok, text = not self.refuse_control, f"{message.command} by {self._dp_rank}"
-                    reply = ControlReply(control_id=message.control_id, dp_rank=self._dp_rank, ok=ok, message=text)
+                    files = () if message.profile is None else (f"{message.profile.profile_id}-rank{self.rank}.trace.json",)
+                    reply = ControlReply(control_id=message.control_id, dp_rank=self._dp_rank, ok=ok, message=text, files=files)
                     self._send(reply)
 
     def _load(self) -> LoadReport:
@@ -166,9 +168,14 @@ class EchoRank:
         )
 
     def _step(self) -> None:
-        outputs = [self._advance(rid) for rid in list(self._running)]
+        failure, self.failure = self.failure, None
+        outputs = [self._fail(rid, failure) if failure else self._advance(rid) for rid in list(self._running)]
         if self._leads:
             self._send(StepOutputs(dp_rank=self._dp_rank, outputs=outputs, load=self._load()))
+
+    def _fail(self, rid: int, message: str) -> RequestOutput:
+        del self._running[rid]
+        return RequestOutput(rid=rid, token_ids=(), finish_reason="abort", message=message, failed=True)
 
     def _advance(self, rid: int) -> RequestOutput:
         running = self._running[rid]

@@ -11,13 +11,14 @@ import torch
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
+from moesaic.eplb.window_balance import Balance
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
-from moesaic.launch.engine.messages import GenerateRequest, RequestOutput, SamplingParams, every_output
+from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
-from moesaic.launch.engine.process_groups import make_parallel_context
+from moesaic.launch.engine.process_groups import make_engine_groups, make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
@@ -53,6 +54,8 @@ class EngineSettings:
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     rebalance: RebalanceSettings | None = None
     split_from: SplitThresholds = field(default_factory=SplitThresholds)
+    overlap_schedule: bool = True
+    single_batch_overlap: bool = False
 
     @property
     def topology(self) -> Topology:
@@ -83,12 +86,11 @@ def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any)
     return GenerateRequest(rid=rid, input_ids=tuple(prompt), sampling=sampling, **options)
 
 
-def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
-    """One rank's engine. Collective when the layout has several ranks."""
+def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
+    """One rank's model with its KV pool."""
     topology = settings.topology
-    place = topology.place(rank)
     parallel = make_parallel_context(
-        topology, place, a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=rank_pool.group_of
+        topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=rank_pool.group_of
     )
     runner = ModelRunner(
         RunnerConfig(
@@ -100,11 +102,18 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             fp8_activations=settings.fp8_activations,
             alignment=settings.alignment,
             slots=settings.slots,
+            single_batch_overlap=settings.single_batch_overlap,
         ),
         load_model_config(settings.model_path),
         parallel,
     )
     runner.allocate_kv(settings.num_pages)
+    return runner
+
+
+def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
+    """One rank's engine. Collective when the layout has several ranks."""
+    topology, runner = settings.topology, make_runner(settings, rank)
     engine = AssembledSettings(
         scheduler=SchedulerConfig(
             num_pages=settings.num_pages,
@@ -124,9 +133,10 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
         ),
         recording=settings.recording,
         rebalance=settings.rebalance,
+        overlap_schedule=settings.overlap_schedule,
     )
-    group = rank_pool.movement_group_of(tuple(range(settings.tp))) if settings.rebalance is not None else None
-    return assemble_engine(engine, runner, Activity(rank), group)
+    groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=rank_pool.group_of)
+    return assemble_engine(engine, runner, Activity(rank), groups)
 
 
 def run_waves(engine: RankEngine, waves: list[list[GenerateRequest]]) -> dict[int, Finished]:
@@ -189,6 +199,30 @@ def rebalance_job(
             if result.step.quiet:
                 break
     return finished if place.is_leader else {}, status(), moved_midway
+
+
+def forward_modes_job(
+    rank: int, settings: EngineSettings, requests: list[GenerateRequest]
+) -> tuple[dict[str, Balance], dict[str, Balance]]:
+    """What the manager reports right after the step that computes all prompts, and of the decode steps after it."""
+    torch.set_num_threads(1)
+    engine = make_engine(settings, rank)
+    status = engine.activity.rebalance_status
+    assert status is not None, "the settings rebalance"
+    for i, request in enumerate(requests):
+        if i % settings.dp == settings.topology.place(rank).dp_rank:
+            engine.apply(request)
+    reports = []
+    for number in (1, 2):
+        engine.control(Control(control_id=number, command="rebalance"))
+        while status().skipped_cycles < number:
+            engine.step()
+        reports.append(status().last_balances)
+    for request in requests:
+        engine.apply(AbortRequest(rid=request.rid))
+    while not engine.step().step.quiet:  # the next job uses the same groups: nothing may be under way
+        pass
+    return reports[0], reports[1]
 
 
 def merged(results: list[dict[int, Finished]]) -> dict[int, Finished]:

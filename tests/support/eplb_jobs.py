@@ -242,7 +242,8 @@ class Rank:
         self.mover = SeamMover(layers=self.layers, wire=wire, quarantine=self.quarantine, clock=clock)
         self.mover.seam = seam
         self.served = location
-        self.counts = make_counts(rank, location.num_layers, location.num_experts)
+        counts = make_counts(rank, location.num_layers, location.num_experts)
+        self.counts = np.stack([counts // 3, counts - counts // 3])  # prefill, decode
         self.manager = RebalanceManager(
             rank=rank,
             config=config,

@@ -18,12 +18,16 @@ from http_server import wait_for
 START_DEADLINE_S = 90
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on, below those the system gives to outgoing connections: it stays free until bound."""
+def free_port(following: int = 0) -> int:
+    """A loopback port that nobody listens on, nor on so many `following` ones, below those the system gives to outgoing
+    connections: it stays free until bound.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        with contextlib.suppress(OSError):
+            for each in range(port, port + following + 1):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", each))
             return port
 
 

@@ -20,21 +20,16 @@ JOB_DEADLINE_S = 60
 GROUPS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))
 """Created once by all workers: torch can't create groups among some processes again and again."""
 
-MOVEMENT_GROUPS = ((0, 1), (0, 1, 2, 3))
-"""Second groups of the same ranks, for messages that must not meet those of a forward."""
+WHOLE_GROUPS = ((0, 1), (0, 1, 2, 3))
+PURPOSES = ("rows", "headers", "failures", "rebalance")
+"""Further groups of WHOLE_GROUPS, for messages that must not meet those of a forward."""
 
-_groups: dict[tuple[int, ...], Any] = {}
-_movement_groups: dict[tuple[int, ...], Any] = {}
-
-
-def group_of(ranks: tuple[int, ...]) -> Any:
-    """The group of these ranks, inside a worker."""
-    return _groups[ranks]
+_groups: dict[tuple[tuple[int, ...], str], Any] = {}
 
 
-def movement_group_of(ranks: tuple[int, ...]) -> Any:
-    """The second group of these ranks, inside a worker."""
-    return _movement_groups[ranks]
+def group_of(ranks: tuple[int, ...], purpose: str = "forward") -> Any:
+    """The group of these ranks for a purpose, inside a worker."""
+    return _groups[ranks, purpose]
 
 
 class RankPool:
@@ -98,9 +93,10 @@ def _work(rank: int, rendezvous: str, pipe: Any) -> None:
         timeout=timedelta(seconds=60),
     )
     for ranks in GROUPS:
-        _groups[ranks] = dist.new_group(list(ranks))
-    for ranks in MOVEMENT_GROUPS:
-        _movement_groups[ranks] = dist.new_group(list(ranks))
+        _groups[ranks, "forward"] = dist.new_group(list(ranks))
+    for purpose in PURPOSES:
+        for ranks in WHOLE_GROUPS:
+            _groups[ranks, purpose] = dist.new_group(list(ranks))
     while True:
         try:
             function, arguments = pipe.recv()

@@ -12,6 +12,7 @@ from moesaic.launch.engine.batch import Batch, build_batch
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.overlap_vote import propose_split
+from moesaic.launch.engine.plan import Launch
 from moesaic.launch.engine.step import SplitThresholds, Step, StepHeader, resolve_step
 from moesaic.launch.models.forward import ForwardInput
 
@@ -34,17 +35,18 @@ def split_job(rank: int, settings: EngineSettings, waves: list[list[GenerateRequ
     engine = make_engine(settings, rank)
     place = settings.topology.place(rank)
     seen: list[SplitStepSeen] = []
+    last_tokens = torch.zeros(settings.max_running, dtype=torch.int64)
     for wave in waves:
         for i, request in enumerate(wave):
             if i % settings.dp == place.dp_rank:
                 engine.apply(request)
-        while _step(engine, place.dp_rank, seen):
+        while _step(engine, place.dp_rank, last_tokens, seen):
             pass
     return seen
 
 
-def _step(engine: RankEngine, dp_rank: int, seen: list[SplitStepSeen]) -> bool:
-    """One lockstep step; False when no rank has work."""
+def _step(engine: RankEngine, dp_rank: int, last_tokens: Tensor, seen: list[SplitStepSeen]) -> bool:
+    """One lockstep step; False when no rank has work. last_tokens int64 [slots]: what each slot sampled last."""
     plan = engine.scheduler.schedule()
     proposal = propose_split(plan, DISTRIBUTION_THRESHOLD)
     header = StepHeader(
@@ -60,6 +62,7 @@ def _step(engine: RankEngine, dp_rank: int, seen: list[SplitStepSeen]) -> bool:
     if step.idle:
         return not step.quiet
     batch = build_batch(plan, engine.scheduler.table, engine.runner.config.page_size, torch.device("cpu"))
+    batch.input_ids[: plan.num_decode] = last_tokens[torch.from_numpy(plan.decode_slots)]
     inputs = ForwardInput(
         input_ids=batch.input_ids,
         metadata=batch.metadata,
@@ -73,8 +76,20 @@ def _step(engine: RankEngine, dp_rank: int, seen: list[SplitStepSeen]) -> bool:
         error = float((halves - logits).abs().max()) if len(logits) else 0.0
         seen.append(_describe(step, batch, dp_rank, error))
         logits = halves
-    engine._advance(plan, batch, logits)
+    _settle(engine, engine.scheduler.launch(plan), logits, last_tokens)
     return True
+
+
+def _settle(engine: RankEngine, launch: Launch, logits: Tensor, last_tokens: Tensor) -> None:
+    """Greedy tokens into the scheduler; what is complete goes."""
+    scheduler = engine.scheduler
+    for chunk in launch.plan.chunks:
+        scheduler.settle_chunk(chunk)
+    tokens = logits[: len(launch.slots)].argmax(dim=-1)
+    last_tokens[torch.from_numpy(launch.slots)] = tokens
+    scheduler.settle_tokens(launch, tokens.numpy())
+    for slot in launch.slots[launch.positions + 1 >= scheduler.table.max_tokens[launch.slots]].tolist():
+        scheduler.remove(scheduler.table.sequence(slot).rid)
 
 
 def _run_halves(engine: RankEngine, inputs: ForwardInput, step: Step, dp_rank: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -91,15 +92,24 @@ def test_other_layout_choices_change_no_token(options: dict[str, int], tiny: Cal
     assert [finished[i].tokens for i in range(len(requests))] == _expected(model)[0]
 
 
-def test_w8a8_is_the_same_in_every_layout(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
-    """FP8 activations change the numbers (so no oracle), but not from one layout to the next."""
+def test_w8a8_is_the_same_in_every_layout_but_for_ties(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    """FP8 activations change the numbers (so no oracle), but not from one layout to the next, unless a value lies between two that
+    FP8 can hold, where the last bit of a sum decides: rare, but it may change a token.
+    """
     model = tiny("fp8")
-    requests = [greedy_request(i, prompt, NUM_TOKENS) for i, prompt in enumerate(_prompts())]
-    base = EngineSettings(model_path=str(model.folder), fp8_activations=True)
-    one = engine_job(0, base, [requests])
-    two = EngineSettings(model_path=str(model.folder), fp8_activations=True, tp=2, dp=2, a2a="torch")
-    finished = merged(rank_pool.run(2, engine_job, two, [requests]))
-    assert {rid: entry.tokens for rid, entry in finished.items()} == {rid: entry.tokens for rid, entry in one.items()}
+    requests = [greedy_request(i, prompt, 0, logprob_start_len=0) for i, prompt in enumerate(_prompts())]
+
+    def prompt_logprobs(**options: Any) -> torch.Tensor:
+        settings = EngineSettings(model_path=str(model.folder), **options)
+        finished = merged(rank_pool.run(settings.tp, engine_job, settings, [requests]))
+        return torch.tensor([entry.logprob for i in range(len(requests)) for entry in finished[i].prompt_logprobs[1:]])
+
+    one = prompt_logprobs(fp8_activations=True)
+    for layout in ({"chunk_tokens": 7}, {"tp": 2, "dp": 2, "ep": 2}, {"tp": 2, "dp": 2, "a2a": "torch"}):
+        same = torch.isclose(prompt_logprobs(fp8_activations=True, **layout), one, atol=1e-4, rtol=0)
+        assert same.float().mean() > 0.95
+    plain = torch.isclose(prompt_logprobs(), one, atol=1e-4, rtol=0)
+    assert plain.float().mean() < 0.5
 
 
 def test_bfloat16_stays_near_the_oracle_in_two_layouts(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:

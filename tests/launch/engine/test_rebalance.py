@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engine_jobs import EngineSettings, engine_job, greedy_request, merged, rebalance_job
+from engine_jobs import EngineSettings, engine_job, forward_modes_job, greedy_request, merged, rebalance_job
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
@@ -92,7 +92,25 @@ def test_experts_stay_put_and_are_reported_when_nothing_may_move(tiny: Callable[
     for _, status, midway in results:
         assert (status.layers_moved, midway, status.bytes_moved) == (0, 0, 0)
         assert status.skipped_cycles > 0
-        assert 0 < status.last_balancedness <= 1
+        assert 0 < status.last_balances["all"].balancedness <= status.last_balances["all"].bound <= 1
+
+
+@pytest.mark.parametrize(("layout", "backend"), [("dp2-ep2", "torch"), ("tp4-dp2", "none")])
+def test_each_forward_modes_choices_are_counted_apart(
+    layout: str, backend: str, tiny: Callable[..., TinyModel], rank_pool: RankPool
+) -> None:
+    settings = EngineSettings(
+        model_path=str(tiny("plain").folder),
+        a2a=backend,
+        rebalance=RebalanceSettings(config=RebalanceConfig(num_iterations=1 << 40), moves=False),
+        **EP[layout],
+    )
+    prompts = [greedy_request(i, prompt, 100) for i, prompt in enumerate(PROMPTS)]
+
+    for first, second in rank_pool.run(settings.tp, forward_modes_job, settings, prompts):
+        assert first.keys() == {"all", "prefill"}
+        assert second.keys() == {"all", "decode"}
+        assert first["all"] == first["prefill"]
 
 
 def test_a_placement_from_the_start_gives_the_oracles_tokens(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:

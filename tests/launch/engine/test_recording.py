@@ -44,7 +44,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_per_pass_has_a_window_for_every_forward_and_says_which_it_was(tiny: Callable[..., TinyModel]) -> None:
     record = load(_recorded(tiny("plain"), RecordingSettings(mode="per_pass", model_name="tiny")))
-    assert record.forward_modes == ("extend", *["decode"] * (NUM_TOKENS - 1))
+    assert record.forward_modes == ("prefill", *["decode"] * (NUM_TOKENS - 1))
     assert record.num_tokens is not None
     assert record.num_tokens.tolist() == [len(PROMPT), *[1] * (NUM_TOKENS - 1)]
     assert (record.logical_count.sum(axis=2) == 4 * record.num_tokens[:, None]).all()  # top-4

@@ -7,6 +7,7 @@ import random
 import numpy as np
 from engine_jobs import greedy_request
 
+from moesaic.launch.engine.plan import Launch
 from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
 
 
@@ -14,12 +15,16 @@ def _step(scheduler: Scheduler, rng: random.Random) -> list[int]:
     """One step with random tokens; returns the requests that are complete."""
     plan = scheduler.schedule()
     assert plan.num_extend <= scheduler.config.chunk_tokens
-    for chunk in plan.chunks:
-        scheduler.advance_chunk(chunk)
-    completed = [chunk.sequence.slot for chunk in plan.chunks if chunk.completes]
-    slots = np.concatenate([plan.decode_slots, np.array(completed, dtype=np.int64)])
-    scheduler.append_tokens(slots, np.array([rng.randrange(50) for _ in slots], dtype=np.int64))
-    sequences = [scheduler.table.sequence(int(slot)) for slot in slots]
+    return _settle(scheduler, scheduler.launch(plan), rng)
+
+
+def _settle(scheduler: Scheduler, launch: Launch, rng: random.Random) -> list[int]:
+    """A launch's results are in, with random tokens; returns the requests that are complete."""
+    for chunk in launch.plan.chunks:
+        if chunk.sequence.slot >= 0:
+            scheduler.settle_chunk(chunk)
+    lives = scheduler.settle_tokens(launch, np.array([rng.randrange(50) for _ in launch.slots], dtype=np.int64))
+    sequences = [scheduler.table.sequence(int(slot)) for slot in launch.slots[lives]]
     return [sequence.rid for sequence in sequences if sequence.num_tokens >= sequence.max_tokens]
 
 
@@ -78,6 +83,4 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
     for _ in range(6):
         plan = scheduler.schedule()
         assert plan.num_decode == 1 and plan.num_extend <= 16
-        for chunk in plan.chunks:
-            scheduler.advance_chunk(chunk)
-        scheduler.append_tokens(plan.decode_slots, np.ones(1, dtype=np.int64))
+        _settle(scheduler, scheduler.launch(plan), rng)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from http_server import HttpServer
 from prometheus_client.parser import text_string_to_metric_families
+
+from moesaic.launch.engine.messages import OverlapProfile
+from moesaic.overlap.calibration import Measurement
 
 
 def test_health_and_ready(server: HttpServer) -> None:
@@ -32,6 +36,22 @@ def test_server_info_shows_settings_and_resolution_but_no_key(model_path: Path) 
         answer = server.http.get("/server_info", headers={"Authorization": "Bearer sekrit"})
         assert "sekrit" not in answer.text
         assert answer.json()["resolution"] == [{"capability": "graphs"}]
+
+
+def test_server_info_shows_what_the_ranks_measured_beside_the_choice(model_path: Path) -> None:
+    rows = ({"capability": "device", "chosen": "cpu"}, {"capability": "two-batch overlap", "chosen": "on"})
+    with HttpServer(model_path, resolution=rows) as server:
+        assert server.http.get("/server_info").json()["resolution"] == list(rows)
+        ready = server.client.ready[0]
+        points = {"prefill": (Measurement(num_tokens=64, straight_s=2.0, split_s=1.0),), "decode": ()}
+        profile = OverlapProfile(hardware="2 x Xeon", date="2026-10-01", layout={"ep_size": 2}, modes=points)
+        server.client.ready[0] = msgspec.structs.replace(ready, overlap_profile=profile)
+        device, overlap = server.http.get("/server_info").json()["resolution"]
+    assert device == rows[0]
+    assert overlap["chosen"] == "on"
+    assert overlap["calibration"]["hardware"] == "2 x Xeon"
+    assert overlap["calibration"]["modes"]["prefill"] == [{"num_tokens": 64, "straight_s": 2.0, "split_s": 1.0}]
+    assert overlap["calibration"]["split_from_tokens_per_dp_rank"] == {"prefill": 64, "decode": None}
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
@@ -71,13 +91,6 @@ def test_commands_reach_every_dp_rank(server: HttpServer, path: str, command: st
     server.ranks[1].refuse_control = False
     assert answer.status_code == 400
     assert "DP rank 1" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
-def test_profiling_says_that_it_is_missing(server: HttpServer, path: str) -> None:
-    answer = server.http.post(path)
-    assert answer.status_code == 501
-    assert "not available" in answer.json()["error"]["message"]
 
 
 def test_metrics_count_what_happened(server: HttpServer) -> None:

@@ -118,7 +118,7 @@ TABLE: list[tuple[str, Any, int, str | None]] = [
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400, "text.format"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 9999}, 400, "max_output_tokens"),
     ("/abort_request", {}, 400, "rid"),
-    ("/start_profile", {}, 501, None),
+    ("/start_profile", {"num_steps": -1}, 400, "num_steps"),
     ("/nowhere", {}, 404, None),
 ]
 

@@ -181,3 +181,21 @@ def test_ranks_of_a_group_see_one_stream_and_the_others_wake(model_path: Path) -
         aborts = [message for rank in server.ranks for message in rank.received if isinstance(message, AbortRequest)]
         assert len(aborts) == 2
         assert all(abort.finish for abort in aborts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_step_is_an_error_that_says_why_and_the_next_request_runs(model_path: Path, stream: bool) -> None:
+    message = "rank 1: operation gate of layer 3, micro-batch 0: boom"
+    with HttpServer(model_path) as server:
+        slow(server)
+        server.ranks[0].paused = True
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.post, "/generate", {**LONG, "stream": stream})
+            wait_for(lambda: server.ranks[0].num_running)
+            server.ranks[0].failure = message
+            server.ranks[0].paused = False
+            answer = waiting.result(10)
+        assert answer.status_code == 500
+        assert answer.json()["error"] == {"message": message, "type": "internal_error", "param": None, "code": "step_failed"}
+        assert server.http.get("/health").status_code == 200
+        assert server.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})["output_ids"] == [5, 6]

@@ -156,10 +156,10 @@ def test_only_the_rows_asked_for_get_logits(tiny: Tiny) -> None:
     torch.testing.assert_close(logits, tiny("plain").logits(TOKENS[:9])[[8, 2]], rtol=0, atol=1e-4)
 
 
-def test_a_failure_inside_a_layer_names_operation_and_layer(tiny: Tiny) -> None:
+def test_a_failure_inside_a_layer_names_operation_layer_and_rank(tiny: Tiny) -> None:
     def refuse(layer: int, ids: Tensor) -> None:
         if layer == 1:
             raise RuntimeError("the observer is full")
 
-    with pytest.raises(OperationError, match="operation gate of layer 2 failed: the observer is full"):
+    with pytest.raises(OperationError, match="operation gate of layer 2 failed on rank 0: the observer is full"):
         Driver(tiny("plain")).extend(TOKENS, 0, 3, refuse)

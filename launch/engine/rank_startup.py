@@ -1,0 +1,215 @@
+"""How one rank starts: joins the others, loads its weights, takes its KV memory, settles when steps are split, and has an engine.
+
+Tells of each phase as it begins, and at last that the rank is ready. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from moesaic.kernels.native.build import why_missing
+from moesaic.kernels.native.library import status
+from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
+from moesaic.launch.engine.calibration import Calibration, settle_profile
+from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.memory import plan_num_pages
+from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
+from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
+from moesaic.launch.engine.process_groups import (
+    EngineGroups,
+    join_process_groups,
+    make_engine_groups,
+    make_parallel_context,
+    new_group_with_deadline,
+)
+from moesaic.launch.engine.rank_spec import RankSpec
+from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.scheduler import SchedulerConfig
+from moesaic.launch.engine.step import StepRules
+from moesaic.launch.models.config import load_model_config
+from moesaic.launch.models.parallel import ParallelContext
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[Progress | Ready], None]
+
+
+def _tell_of_kernels(device: str) -> None:
+    """The launcher only compiles: kernels that can't be loaded into a rank must not go unnoticed."""
+    if device == "cpu" and status().library is None and why_missing() is None:
+        logger.warning("the compiled CPU kernels can't be loaded, so torch computes: %s", status().reason)
+
+
+class PhaseTimer:
+    """Reports each start-up phase as it begins and keeps how long it took."""
+
+    def __init__(self, rank: int, send: Send, activity: Activity) -> None:
+        self.seconds: list[tuple[str, float]] = []
+        self._rank = rank
+        self._send = send
+        self._activity = activity
+        self._since = time.monotonic()
+        self._phase = ""
+
+    def enter(self, phase: str, total: int = 0) -> None:
+        self.leave()
+        self._phase = phase
+        self._activity.enter(phase)
+        self.report(0, total)
+
+    def report(self, done: int, total: int) -> None:
+        self._send(Progress(rank=self._rank, phase=self._phase, done=done, total=total))
+
+    def leave(self) -> None:
+        if self._phase:
+            self.seconds.append((self._phase, time.monotonic() - self._since))
+        self._since = time.monotonic()
+
+
+class RankStartup:
+    """Start-up of one rank; `send` takes what the HTTP process is to hear of it."""
+
+    def __init__(self, spec: RankSpec, activity: Activity, send: Send) -> None:
+        self._spec = spec
+        self._activity = activity
+        self._send = send
+
+    def run(self) -> RankEngine:
+        """Collective."""
+        spec, config = self._spec, self._spec.config
+        torch.set_num_threads(config.num_threads)
+        _tell_of_kernels(config.device)
+        phases = PhaseTimer(spec.place.rank, self._send, self._activity)
+        phases.enter("join process group")
+        parallel, groups = self._join()
+        runner = self._load(parallel, phases)
+        phases.enter("allocate KV")
+        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, spec.topology.ranks_per_node), parallel)
+        runner.allocate_kv(num_pages)
+        sizes = self._scheduler_sizes(num_pages)
+        rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
+        phases.leave()
+        self._send(
+            Ready(
+                rank=spec.place.rank,
+                max_total_num_tokens=num_pages * config.page_size,
+                kv_bytes_per_token=runner.kv_bytes_per_token,
+                weight_bytes=runner.weight_bytes,
+                phase_seconds=phases.seconds,
+                overlap_profile=profile,
+            )
+        )
+        settings = EngineSettings(
+            scheduler=sizes,
+            rules=rules,
+            recording=RecordingSettings(mode=config.recorder_mode, buffer_size=config.recorder_buffer_size),
+            rebalance=spec.rebalance,
+            overlap_schedule=config.overlap_schedule,
+        )
+        return assemble_engine(settings, runner, self._activity, groups)
+
+    def _join(self) -> tuple[ParallelContext, EngineGroups]:
+        spec, config = self._spec, self._spec.config
+        join_process_groups(
+            spec.topology,
+            spec.place,
+            init_method=spec.dist_init_method,
+            backend=config.communication_backend,
+            timeout_s=config.dist_timeout,
+        )
+        new_group = new_group_with_deadline(config.dist_timeout)
+        parallel = make_parallel_context(
+            spec.topology,
+            spec.place,
+            a2a_backend=config.moe_a2a_backend,
+            dp_lm_head=config.enable_dp_lm_head,
+            new_group=new_group,
+        )
+        return parallel, make_engine_groups(spec.topology, rebalances=spec.rebalance is not None, new_group=new_group)
+
+    def _load(self, parallel: ParallelContext, phases: PhaseTimer) -> ModelRunner:
+        config = self._spec.config
+        model_config = load_model_config(config.model_path)
+        total = ModelRunner.count_tensors(model_config, parallel, self._spec.slots)
+        phases.enter("load weights", total)
+        done = 0
+
+        def on_tensor() -> None:
+            nonlocal done
+            done += 1
+            if done % 64 == 0 or done == total:
+                phases.report(done, total)
+
+        return ModelRunner(
+            RunnerConfig(
+                model_path=config.model_path,
+                load_format=config.load_format,
+                dtype=getattr(torch, config.dtype),
+                device=self._device(),
+                context_length=config.context_length,
+                page_size=config.page_size,
+                attention_backend=config.attention_backend,
+                expert_runner=config.moe_runner_backend,
+                fp8_activations=config.quantization == "fp8",
+                slots=self._spec.slots,
+                single_batch_overlap=config.single_batch_overlap,
+            ),
+            model_config,
+            parallel,
+            on_tensor,
+        )
+
+    def _device(self) -> str:
+        """This rank's device; on CUDA also the one that new streams and groups of this process use."""
+        if self._spec.config.device == "cpu":
+            return "cpu"
+        torch.cuda.set_device(self._spec.place.local_rank)
+        return f"cuda:{self._spec.place.local_rank}"
+
+    def _agree(self, num_pages: int, parallel: ParallelContext) -> int:
+        """The smallest pool of all ranks, so that the ranks of a DP group schedule alike."""
+        if parallel.world_size == 1:
+            return num_pages
+        smallest = torch.tensor([num_pages])
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=parallel.world_group)
+        return int(smallest.item())
+
+    def _scheduler_sizes(self, num_pages: int) -> SchedulerConfig:
+        config = self._spec.config
+        return SchedulerConfig(
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_running=config.max_running_requests_per_dp,
+            context_length=config.context_length,
+            chunk_tokens=config.chunked_prefill_tokens_per_dp,
+            policy=config.schedule_policy,
+            prefix_cache=config.enable_prefix_cache,
+        )
+
+    def _step_rules(self) -> StepRules:
+        config = self._spec.config
+        return StepRules(
+            attn_tp_size=self._spec.topology.attn_tp_size,
+            a2a=config.moe_a2a_backend != "none",
+            mode=config.dispatch_mode,
+            cap=config.max_dispatch_tokens_per_rank,
+            distribution_threshold=config.tbo_token_distribution_threshold,
+        )
+
+    def _calibrated(
+        self, rules: StepRules, runner: ModelRunner, sizes: SchedulerConfig, phases: PhaseTimer
+    ) -> tuple[StepRules, OverlapProfile | None]:
+        """The rules with the sizes from which steps are split, and on rank 0 the timings behind them."""
+        source = self._spec.thresholds
+        if source is None:
+            return rules, None
+        phases.enter("calibrate overlap")
+        split_from, profile = settle_profile(source, Calibration(runner, rules, sizes), phases.report)
+        return replace(rules, split_from=split_from), profile

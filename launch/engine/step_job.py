@@ -1,0 +1,140 @@
+"""One step as the thread that runs forwards sees it: input tokens filled in, forward, sampling. All of a rank's tensors meet here.
+
+Jobs run in the order of their launch. A job may be made before the one in front of it has run: the tokens that one samples are the
+inputs of this one's decode rows, and what penalties count. They are handed on here, from job to job, without the scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.eplb.load_counter import ForwardMode
+from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
+from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, SampledLogprobs
+from moesaic.launch.engine.model_runner import ModelRunner
+from moesaic.launch.engine.recording import LoadRecording
+from moesaic.launch.engine.sampler import NonFiniteLogits, SamplingBatch, sample
+from moesaic.launch.engine.sampling_rows import SamplingRows
+from moesaic.launch.engine.sequence import Int64Array
+from moesaic.launch.models.deepseek_v3 import LoadObserver
+from moesaic.launch.models.forward import ForwardInput, ForwardSplit
+from moesaic.overlap.operations import OperationError
+from moesaic.overlap.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepJob:
+    """What a step runs.
+
+    inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. decode_slots int64 [D], sampled_slots
+    int64 [S]: slots of the decode rows and of the sampled ones. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may
+    hold NaN, which would reach those who get the pages next even where they are masked: cleared before the forward.
+    """
+
+    step: int
+    mode: ForwardMode
+    num_tokens: int
+    inputs: ForwardInput
+    split: ForwardSplit | None
+    decode_slots: Tensor
+    sampled_slots: Tensor
+    sampling: SamplingRows
+    sampled_logprobs: SampledLogprobs | None
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+    spoiled_pages: Tensor
+    observer: LoadObserver | None
+    recording: LoadRecording
+    timeline: Timeline | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What came of it. verdict: whether the forward failed on some rank; if so, no rank uses anything of its outcome.
+
+    failure: on this rank. tokens int64 [S]. bad_rows int64: numbers of the rows whose logits were not finite; they gave no token.
+    """
+
+    verdict: Verdict
+    failure: OperationError | None = None
+    tokens: Int64Array
+    bad_rows: Int64Array
+    sampled_logprobs: RowLogprobs | None = None
+    prompt_logprobs: tuple[RowLogprobs, ...] = ()
+
+
+_NO_ROWS: Int64Array = np.empty(0, dtype=np.int64)
+
+
+class StepRunner:
+    """Runs the jobs of one rank. `num_slots`: of the sequence table."""
+
+    def __init__(self, *, runner: ModelRunner, num_slots: int, failures: FailureExchange, activity: Activity) -> None:
+        self._runner = runner
+        self._failures = failures
+        self._activity = activity
+        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=runner.config.device)
+
+    def run(self, job: StepJob) -> StepOutcome:
+        """Collective. Raises whatever can't be confined to the step."""
+        self._activity.enter_forward(f"forward ({job.inputs.plan.mode.value} dispatch)", job.step)
+        self._runner.timeline = job.timeline
+        with contextlib.nullcontext() if job.timeline is None else job.timeline.step(job.step):
+            return self._run(job)
+
+    def _run(self, job: StepJob) -> StepOutcome:
+        if len(job.spoiled_pages):
+            self._runner.clear_pages(job.spoiled_pages)
+        num_decode = len(job.decode_slots)
+        if num_decode:
+            torch.index_select(self._last_tokens, 0, job.decode_slots, out=job.inputs.input_ids[:num_decode])
+        failure, logits = None, None
+        try:
+            logits = self._runner.forward(job.inputs, job.observer, job.split)
+        except OperationError as error:
+            if error.fatal:
+                raise
+            failure = error
+        job.recording.end_step(job.num_tokens, job.mode, job.inputs.metadata.positions)
+        verdict = self._failures.post(failure is not None)
+        if logits is None:
+            logger.error("step %d: %s", job.step, failure, exc_info=failure)
+            return StepOutcome(verdict=verdict, failure=failure, tokens=_NO_ROWS, bad_rows=_NO_ROWS)
+        self._activity.enter_forward("sampling", job.step)
+        return self._sampled(job, logits, verdict)
+
+    def _sampled(self, job: StepJob, logits: Tensor, verdict: Verdict) -> StepOutcome:
+        num_rows = len(job.sampled_slots)
+        chosen, bad_rows, sampled_logprobs = _NO_ROWS, _NO_ROWS, None
+        if num_rows:
+            rows = logits[:num_rows]
+            tokens, bad_rows = _sample(rows, job.sampling.with_penalties(num_rows, logits.device))
+            self._last_tokens.index_copy_(0, job.sampled_slots, tokens)
+            chosen = tokens.cpu().numpy()
+            job.sampling.record(chosen)
+            if job.sampled_logprobs is not None:
+                sampled_logprobs = job.sampled_logprobs.compute(rows, tokens)
+        return StepOutcome(
+            verdict=verdict,
+            tokens=chosen,
+            bad_rows=bad_rows,
+            sampled_logprobs=sampled_logprobs,
+            prompt_logprobs=tuple(wanted.compute(logits) for wanted in job.prompt_logprobs),
+        )
+
+
+def _sample(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Int64Array]:
+    """Tokens int64 [S], and the numbers of the rows whose logits can't be sampled (their token means nothing)."""
+    try:
+        return sample(logits, batch), _NO_ROWS
+    except NonFiniteLogits as error:
+        rows = torch.tensor(error.rows, dtype=torch.int64, device=logits.device)
+        return sample(logits.index_fill(0, rows, 0.0), batch), np.array(error.rows, dtype=np.int64)
