@@ -2,12 +2,13 @@
 
 The physics: a straight step takes its computation plus its communication. Split in two micro-batches, the communication of one runs
 under the computation of the other; no step is shorter than the longer of the two, or than its order of operations allows. What the
-order can't hide is simulated: the operations as recorded on a free network, in the order of the schedule, with the network's times
-for what they submit. The network's bandwidth is set so that communication is 35% of a straight step.
+order can't hide is simulated: the operations of a split step in their order, with the computation they took, each message half as
+long as in a straight step. The network's bandwidth is set so that a straight step waits for 35% of its time.
 
-Timed are forwards of the real model runner on synthetic steps, straight and split in turn, on all ranks together; a time is that of
-the slowest rank. `hidden_share` is the hidden part of the communication that could be hidden at all. `worst_regret`: for step sizes
-from 2 tokens up, the choice of a calibration against the better way as measured anew.
+Timed are forwards of the real model runner on synthetic steps, straight and split in turn, on all ranks together; a step's time is
+that of the slowest rank, its waits are the mean of the ranks. `hidden_share` is the part of the communication that nothing waited
+for, of that which could be hidden at all. `worst_regret`: for step sizes from 2 tokens up, the choice of a calibration against the
+better way as measured anew.
 
 Usage: python benchmarks/bench_overlap.py [--quick]
 """
@@ -45,17 +46,17 @@ from moesaic.overlap.trace import Trace
 
 EP = 2
 LATENCY_S = 100e-6
-COMMUNICATION_SHARE = 0.35
+WAITING_SHARE = 0.35
 MODEL = {
-    "vocab_size": 2048,
+    "vocab_size": 512,
     "hidden_size": 256,
     "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_routed_experts": 32,
-    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1024,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
     "kv_lora_rank": 64,
@@ -66,7 +67,8 @@ MODEL = {
     "first_k_dense_replace": 1,
     "max_position_embeddings": 2048,
 }
-CASES = (("prefill", 512), ("decode", 128))
+"""As much computation per byte sent as makes gloo's own work, which is the CPU's, a small part of a step."""
+CASES = (("prefill", 1024), ("decode", 256))
 """Forward mode and tokens per rank."""
 
 
@@ -79,19 +81,24 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One rank's figures of one size: times on a free and on the emulated network, and what the network was.
+class Anatomy:
+    """Of one step, in seconds, a mean over ranks: computed; communication under way, message by message; waited for messages."""
 
-    network_s: seconds that the network adds to a straight and to a split step. order_s: how much of the latter the order of the
-    operations can't hide, by simulation.
-    """
+    computed_s: float
+    communication_s: float
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Figures of one size on the emulated network. order_s: of a split step's communication, what its order can't hide."""
 
     mode: str
     num_tokens: int
     bytes_per_s: float
-    network_s: tuple[float, float]
-    free: Times
-    emulated: Times
+    times: Times
+    straight: Anatomy
+    split: Anatomy
     order_s: float
 
 
@@ -140,14 +147,22 @@ class Measuring:
         times: list[float] = longest.tolist()
         return times
 
-    def trace(self, step: TimedStep, *, split: bool) -> Trace:
-        """One step as it ran."""
+    def traced(self, step: TimedStep, *, split: bool) -> tuple[float, Trace]:
+        """Seconds of one step, and how it ran."""
         timeline = Timeline(rank=self._rank)
         self._runner.timeline = timeline
         with timeline.step(0):
-            step.seconds(split=split)
+            seconds = step.seconds(split=split)
         self._runner.timeline = None
-        return timeline.trace()
+        return seconds, timeline.trace()
+
+    def mean(self, anatomies: list[Anatomy]) -> Anatomy:
+        """Medians of the steps, the mean of the ranks. Collective."""
+        fields = torch.tensor([[each.computed_s, each.communication_s, each.waited_s] for each in anatomies], dtype=torch.float64)
+        middle = fields.median(dim=0).values / self._runner.parallel.world_size
+        dist.all_reduce(middle, group=self._runner.parallel.world_group)
+        computed_s, communication_s, waited_s = middle.tolist()
+        return Anatomy(computed_s=computed_s, communication_s=communication_s, waited_s=waited_s)
 
 
 def measure(rank: int, settings: EngineSettings, repeats: int) -> list[Case]:
@@ -159,63 +174,83 @@ def measure(rank: int, settings: EngineSettings, repeats: int) -> list[Case]:
 
 def _case(measuring: Measuring, mode: str, num_tokens: int, repeats: int) -> Case:
     step = measuring.step(mode, num_tokens)
-    measuring.no_network()
-    free = measuring.times(step, repeats)
-    traces = [measuring.trace(step, split=True) for _ in range(5)]
-    bytes_per_s = _bandwidth(measuring, step, median(free.straight))
-    network_s = tuple(_network_seconds(measuring, step, bytes_per_s, split=split) for split in (False, True))
+    bytes_per_s = _bandwidth(measuring, step)
     measuring.network(latency_s=LATENCY_S, bytes_per_s=bytes_per_s)
-    emulated = measuring.times(step, repeats)
+    for split in (False, True) * 2:
+        step.seconds(split=split)
+    seen = [measuring.traced(step, split=split) for _ in range(repeats) for split in (False, True)]
     measuring.no_network()
+    seconds = measuring.slowest([each for each, _ in seen])
+    straight, split = [trace for _, trace in seen[::2]], [trace for _, trace in seen[1::2]]
+    orders = [unhidden_seconds(trace, _message_seconds(other)) for trace, other in zip(split, straight, strict=True)]
     return Case(
         mode=mode,
         num_tokens=num_tokens,
         bytes_per_s=bytes_per_s,
-        network_s=(network_s[0], network_s[1]),
-        free=free,
-        emulated=emulated,
-        order_s=median(measuring.slowest([unhidden_seconds(trace, network_s[1]) for trace in traces])),
+        times=Times(straight=seconds[::2], split=seconds[1::2]),
+        straight=measuring.mean([anatomy(trace) for trace in straight]),
+        split=measuring.mean([anatomy(trace) for trace in split]),
+        order_s=median(measuring.slowest(orders)),
     )
 
 
-def _network_seconds(measuring: Measuring, step: TimedStep, bytes_per_s: float, *, split: bool) -> float:
-    """What this network adds to one step, one message after another."""
-    network = measuring.network(latency_s=LATENCY_S, bytes_per_s=bytes_per_s)
-    step.seconds(split=split)
-    return measuring.slowest([network.seconds])[0]
-
-
-def _bandwidth(measuring: Measuring, step: TimedStep, computation_s: float) -> float:
-    """With which communication is its share of a straight step; the same on all ranks."""
+def _bandwidth(measuring: Measuring, step: TimedStep) -> float:
+    """With which a straight step waits for its share of the time; the same on all ranks. Each round mends the one before."""
     network = measuring.network(latency_s=0.0, bytes_per_s=math.inf)
     step.seconds(split=False)
-    num_bytes, num_messages = measuring.slowest([network.num_bytes, network.num_messages])
-    transfer_s = computation_s * COMMUNICATION_SHARE / (1 - COMMUNICATION_SHARE) - num_messages * LATENCY_S
-    assert transfer_s > 0, f"{num_messages:.0f} messages of {LATENCY_S} s take longer than the share of {computation_s} s"
+    num_bytes = measuring.slowest([network.num_bytes])[0]
+    transfer_s = 1e-6
+    for _ in range(4):
+        measuring.network(latency_s=LATENCY_S, bytes_per_s=num_bytes / transfer_s)
+        step.seconds(split=False)
+        seen = measuring.mean([anatomy(measuring.traced(step, split=False)[1]) for _ in range(9)])
+        transfer_s += seen.computed_s * WAITING_SHARE / (1 - WAITING_SHARE) - seen.waited_s
+        assert transfer_s > 0, (
+            f"gloo alone makes a straight step wait for {seen.waited_s} s beside {seen.computed_s} s of computation"
+        )
     return num_bytes / transfer_s
 
 
-def unhidden_seconds(trace: Trace, network_s: float) -> float:
-    """How much of the network's time in a split step the order of its operations leaves without computation beside it.
+def anatomy(trace: Trace) -> Anatomy:
+    """Of one step on one rank."""
+    waits = union([span.interval for span in trace.row("wait")])
+    operations = union([span.interval for span in trace.row("cpu")])
+    waited = total(intersect(operations, waits))
+    return Anatomy(
+        computed_s=(total(operations) - waited) * 1e-9,
+        communication_s=sum(span.duration_ns for span in trace.row("communication")) * 1e-9,
+        waited_s=waited * 1e-9,
+    )
 
-    The recorded operations run again, in their order and with the computation they took; each communication takes an equal part of
-    `network_s`, one after another, from its submit on, and its wait ends no earlier.
+
+Message = tuple[int | None, str]
+"""Layer and name of a communication."""
+
+
+def _message_seconds(straight: Trace) -> dict[Message, float]:
+    """How long each message of a straight step took."""
+    return {(span.layer, span.name): span.duration_ns * 1e-9 for span in straight.row("communication")}
+
+
+def unhidden_seconds(split: Trace, messages: dict[Message, float]) -> float:
+    """How much of a split step's communication its order of operations leaves without computation beside it.
+
+    The recorded operations run again, in their order and with the computation they took; each message takes half as long as that of
+    a straight step, one after another, from its submit on, and its wait ends no earlier.
     """
-    operations = trace.row("cpu")
-    each_s = network_s / sum(operation.name.endswith("_a") for operation in operations)
-    waits = [span.interval for span in trace.row("wait")]
+    waits = union([span.interval for span in split.row("wait")])
     now = computed_s = link_free_at = 0.0
     arrives: dict[tuple[int | None, int | None, str], float] = {}
-    for operation in operations:
-        kind, _, half = operation.name.rpartition("_")
-        place = (operation.layer, operation.micro_batch, kind)
-        if half == "b":
+    for operation in split.row("cpu"):
+        name, _, half = operation.name.rpartition("_")
+        place = (operation.layer, operation.micro_batch, name)
+        if half == "b" and place in arrives:
             now = max(now, arrives[place])
-        waited = total(intersect([operation.interval], union(waits)))
+        waited = total(intersect([operation.interval], waits))
         seconds = (operation.duration_ns - waited) * 1e-9
         now, computed_s = now + seconds, computed_s + seconds
-        if half == "a":
-            link_free_at = max(now, link_free_at) + each_s
+        if half == "a" and (operation.layer, name) in messages:
+            link_free_at = max(now, link_free_at) + messages[operation.layer, name] / 2
             arrives[place] = link_free_at
     return now - computed_s
 
@@ -252,15 +287,15 @@ def main() -> None:
             a2a="torch",
             dp_lm_head=True,
             page_size=16,
-            num_pages=2048,
-            context_length=512,
-            chunk_tokens=512,
-            max_running=128,
+            num_pages=8448,
+            context_length=1024,
+            chunk_tokens=1024,
+            max_running=256,
             cap=512,
         )
         cases: list[Case] = pool.run(EP, measure, settings, repeats, deadline_s=300)[0]
         slow = min(case.bytes_per_s for case in cases)
-        choices: list[Choice] = pool.run(EP, choose, settings, slow, 32 if args.quick else 128, repeats, deadline_s=300)[0]
+        choices: list[Choice] = pool.run(EP, choose, settings, slow, 32 if args.quick else 128, 3 * repeats, deadline_s=500)[0]
         pool.close()
     console = Console()
     console.print(_case_table(cases))
@@ -271,18 +306,17 @@ def main() -> None:
 
 def hidden_share(case: Case) -> float:
     """Of what the order can hide."""
-    added_s = median(case.emulated.split) - median(case.free.split)
-    network_s = case.network_s[1]
-    return (network_s - added_s) / (network_s - case.order_s)
+    all_s = case.straight.communication_s
+    return (all_s - case.split.waited_s) / (all_s - case.order_s)
 
 
 def speedup(case: Case) -> float:
-    return median(case.emulated.straight) / median(case.emulated.split)
+    return median(case.times.straight) / median(case.times.split)
 
 
 def bound_s(case: Case) -> float:
-    """The split step at best: its computation and what its order can't hide, and never less than the network's time."""
-    return max(median(case.free.split) + case.order_s, case.network_s[1])
+    """The split step at best: its computation and what its order can't hide, and never less than the communication."""
+    return max(case.split.computed_s + case.order_s, case.straight.communication_s)
 
 
 def figures(cases: list[Case], choices: list[Choice]) -> dict[str, Any]:
@@ -297,18 +331,17 @@ def figures(cases: list[Case], choices: list[Choice]) -> dict[str, Any]:
 
 def _case_table(cases: list[Case]) -> Table:
     table = Table(title=f"EP {EP} over gloo, one thread a rank, network of {LATENCY_S * 1e6:.0f} us and so many MB/s; times in ms")
-    columns = ("mode", "tokens/rank", "MB/s", "straight, no network", "split, no network", "communication", "straight", "split")
-    for column in (*columns, "bound", "speedup", "hidden"):
+    columns = ("mode", "tokens/rank", "MB/s", "straight", "of it waiting", "split", "of it waiting", "its order needs", "bound")
+    for column in (*columns, "speedup", "hidden"):
         table.add_column(column, justify="right")
     for case in cases:
-        times = (case.free.straight, case.free.split, [case.network_s[0]], case.emulated.straight, case.emulated.split)
-        row = (f"{median(each) * 1e3:.1f}" for each in times)
+        straight_s, split_s = median(case.times.straight), median(case.times.split)
+        times = (straight_s, case.straight.waited_s, split_s, case.split.waited_s, case.order_s, bound_s(case))
         table.add_row(
             case.mode,
             str(case.num_tokens),
             f"{case.bytes_per_s / 1e6:.1f}",
-            *row,
-            f"{bound_s(case) * 1e3:.1f}",
+            *(f"{each * 1e3:.1f}" for each in times),
             f"{speedup(case):.2f}",
             f"{hidden_share(case):.1%}",
         )

@@ -64,6 +64,7 @@ class Alternation:
                 context_length=512,
                 chunk_tokens=4096,
                 prefix_cache=False,
+                overlap_schedule=False,  # as the server resolves it for one CPU rank
                 recording=settings,
             )
         )
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--modes", nargs="+", choices=("stat", "per_pass", "per_token"), default=["stat"])
-    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=480)
     args = parser.parse_args()
     torch.set_num_threads(2)
     table = Table(title=f"recording's part of a decode step, {args.samples} paired samples each")

@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from engine_jobs import greedy_request
 
 from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.assembly import assemble_parts
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.messages import StepOutputs, encoder
+from moesaic.launch.engine.process_groups import EngineGroups
 from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
-from moesaic.launch.engine.step import HeaderExchange, StepRules
+from moesaic.launch.engine.step import StepRules
 
 VOCAB = 2048
 LOGITS = 64
@@ -46,8 +48,9 @@ class PreparedLogits:
 
     logits: torch.Tensor
     config: Any
+    timeline: Any = None
 
-    def forward(self, inputs: Any, observer: Any) -> torch.Tensor:
+    def forward(self, inputs: Any, observer: Any, split: Any) -> torch.Tensor:
         return self.logits[: len(inputs.logit_rows)]
 
 
@@ -65,13 +68,17 @@ def make_engine(num_requests: int) -> RankEngine:
     )
     runner: Any = PreparedLogits(torch.randn(num_requests, LOGITS), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"))
     recording: Any = NoRecording()
-    return RankEngine(
+    parallel: Any = SimpleNamespace(rank=0, world_size=1, dp_rank=0, attn_tp_size=1)
+    return assemble_parts(
         scheduler=Scheduler(config),
         runner=runner,
-        rules=StepRules(attn_tp_size=1, a2a=False, mode="auto", cap=1 << 20),
-        exchange=HeaderExchange(1, None),
         recording=recording,
+        rebalancing=None,
+        rules=StepRules(attn_tp_size=1, a2a=False, mode="auto", cap=1 << 20),
         activity=Activity(0),
+        parallel=parallel,
+        groups=EngineGroups(),
+        overlap_schedule=False,
     )
 
 

@@ -79,7 +79,8 @@ def time_engine(model: TinyModel, prompts: list[list[int]], new_tokens: list[int
         chunk_tokens=2048,
         context_length=2048,
         prefix_cache=False,
-        mode="normal",  # what `moesaic serve` resolves to without an all-to-all backend
+        mode="normal",  # this and the next: what `moesaic serve` resolves to for one CPU rank
+        overlap_schedule=False,
     )
     engine = make_engine(settings)
     requests = [greedy_request(i, *pair) for i, pair in enumerate(zip(prompts, new_tokens, strict=True))]

@@ -69,7 +69,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         two_batch_overlap=config.enable_two_batch_overlap,
         single_batch_overlap=config.enable_single_batch_overlap,
         tbo_token_distribution_threshold=config.tbo_token_distribution_threshold,
-        overlap_schedule=not config.disable_overlap_schedule,
+        overlap_schedule=_schedule_overlaps(config, device),
         mem_fraction_static=config.mem_fraction_static or MEM_FRACTION[device],
         max_running_requests_per_dp=_running_requests_per_dp(config, mode),
         max_total_tokens=config.max_total_tokens,
@@ -98,7 +98,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         quantization_choice,
         _prefix_cache_choice(config),
         _graph_choice(config, device),
-        _overlap_choice(config),
+        _overlap_choice(config, device),
     )
     if config.strict:
         refuse_downgrades(choices)
@@ -209,10 +209,16 @@ def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
     )
 
 
-def _overlap_choice(config: ServerConfig) -> Choice:
-    if config.disable_overlap_schedule:
-        return Choice(capability="overlap schedule", chosen="off", refused=(("on", "--disable-overlap-schedule"),))
-    return Choice(capability="overlap schedule", chosen="on: the next step is scheduled while one computes")
+def _schedule_overlaps(config: ServerConfig, device: DeviceName) -> bool:
+    return not config.disable_overlap_schedule and (device == "cuda" or config.tp_size > 1)
+
+
+def _overlap_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    if _schedule_overlaps(config, device):
+        return Choice(capability="overlap schedule", chosen="on: the next step is scheduled while one computes")
+    # Measured: benchmarks/bench_zero_overhead.py. A forward leaves the CPU free while it waits for a device or for other ranks.
+    reason = "--disable-overlap-schedule" if config.disable_overlap_schedule else "one CPU rank waits for nobody; slower"
+    return Choice(capability="overlap schedule", chosen="off", refused=(("on", reason),))
 
 
 def _context_length(config: ServerConfig, shape: ModelShape) -> int:

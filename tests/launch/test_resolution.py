@@ -102,11 +102,19 @@ def test_the_dispatch_mode(backend: str, mode: str, settled: str) -> None:
 
 @pytest.mark.parametrize("hardware", [LAPTOP, GPU_BOX])
 def test_scheduling_overlaps_the_model_unless_it_is_switched_off(hardware: Hardware) -> None:
-    on, off = settle(hardware=hardware), settle(hardware=hardware, disable_overlap_schedule=True)
+    on, off = settle(hardware=hardware, tp_size=2), settle(hardware=hardware, tp_size=2, disable_overlap_schedule=True)
 
     assert on.config.overlap_schedule and not off.config.overlap_schedule
     assert row(on, "overlap schedule")["chosen"].startswith("on")
     assert row(off, "overlap schedule")["refused"] == [{"candidate": "on", "reason": "--disable-overlap-schedule"}]
+
+
+def test_scheduling_does_not_overlap_the_model_where_a_forward_never_waits() -> None:
+    alone = {"tp_size": 1, "dp_size": 1, "moe_a2a_backend": "none"}
+    laptop, gpu = settle(hardware=LAPTOP, **alone), settle(hardware=GPU_BOX, **alone)
+
+    assert not laptop.config.overlap_schedule and gpu.config.overlap_schedule
+    assert "one CPU rank" in row(laptop, "overlap schedule")["refused"][0]["reason"]
 
 
 @pytest.mark.parametrize("backend", ["none", "torch"])
