@@ -24,7 +24,7 @@ from moesaic.overlap.stages import Strategy
 from moesaic.overlap.timeline import Timeline
 from moesaic.overlap.trace import Trace
 
-LATENCY_SHARE = 0.25
+LATENCY_SHARE = 0.15
 """Of the time in which half a batch is computed in one layer: a dispatch is two messages, a combine is one."""
 
 _WAITS_FIRST = (

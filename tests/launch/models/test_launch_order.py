@@ -45,7 +45,7 @@ def _check_prefill_order(trace: Trace) -> None:
 
 
 def test_the_right_order_hides_what_waiting_too_early_leaves_open(tiny: Tiny, rank_pool: RankPool) -> None:
-    case = ForwardCase(num_tokens=192, split=True)
+    case = ForwardCase(num_tokens=384, split=True)
     ranks: list[Recorded] = rank_pool.run(2, launch_order_job, _settings(tiny, "torch"), case, STEPS)
     right, early = merge(rank.right for rank in ranks), merge(rank.waits_first for rank in ranks)
 
