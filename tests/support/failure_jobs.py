@@ -114,6 +114,7 @@ def failure_job(rank: int, settings: EngineSettings, faults: list[Fault], prompt
         # With overlapped scheduling it is in the step that is launched while the one that fails has not been looked at.
         traffic.apply(greedy_request(first + SURVIVOR, own[2], NUM_TOKENS))
         num_launched += _run(traffic)
+        assert not holds_nan(traffic.engine), f"{fault}: the KV of its step was not cleared"
         for i in AFTER:
             traffic.apply(greedy_request(first + i, own[i - AFTER[0]], NUM_TOKENS))
         num_launched += _run(traffic)
@@ -139,10 +140,14 @@ def poisoned_token_job(
     engine.runner.model._embedding[token] = torch.nan
     place = settings.topology.place(rank)
     finished = run_waves(engine, [[each for i, each in enumerate(wave) if i % settings.dp == place.dp_rank] for wave in waves])
+    return finished if place.is_leader else {}, holds_nan(engine)
+
+
+def holds_nan(engine: RankEngine) -> bool:
+    """Whether any page does, whoever has it."""
     pool = engine.runner._pool
     assert pool is not None
-    num_layers = engine.runner.model_config.num_hidden_layers
-    return finished if place.is_leader else {}, any(bool(pool.rows(layer).isnan().any()) for layer in range(num_layers))
+    return any(bool(pool.rows(layer).isnan().any()) for layer in range(engine.runner.model_config.num_hidden_layers))
 
 
 class _Lost:
