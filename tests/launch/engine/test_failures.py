@@ -23,6 +23,7 @@ from failure_jobs import (
 )
 from rank_pool import RankPool
 from tiny_models import TinyModel
+from traffic_jobs import Arrival, Traffic
 
 from moesaic.launch.engine.step import SplitThresholds
 from moesaic.overlap.operations import OperationError
@@ -32,11 +33,9 @@ DP2, TP2 = {"tp": 2, "dp": 2, "ep": 2}, {"tp": 2, "dp": 1, "ep": 2}
 SPLIT = {"split_from": SplitThresholds(prefill=2, decode=2)}
 SINGLE = {"single_batch_overlap": True}
 CASES: dict[str, dict[str, Any]] = {
-    "straight-torch-normal": {**DP2, "a2a": "torch", "mode": "normal"},
     "straight-torch-auto": {**DP2, "a2a": "torch"},
     "straight-none": {**DP2},
     "straight-torch-in-sequence": {**DP2, "a2a": "torch", "overlap_schedule": False},
-    "two-batch-torch-normal": {**DP2, **SPLIT, "a2a": "torch", "mode": "normal"},
     "two-batch-torch-auto": {**DP2, **SPLIT, "a2a": "torch"},
     "two-batch-none": {**DP2, **SPLIT},
     "single-batch-torch-normal": {**DP2, **SINGLE, "a2a": "torch", "mode": "normal"},
@@ -155,3 +154,20 @@ def test_an_operation_that_others_depend_on_ends_the_rank(overlap_schedule: bool
             engine.step()
     assert caught.value.fatal
     engine.close()
+
+
+@pytest.mark.parametrize(("weight", "operation"), [("_embedding", "embed"), ("_final_norm", "head")])
+def test_a_failure_before_or_after_the_layers_ends_its_step_too(
+    weight: str, operation: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("plain")
+    engine = make_engine(EngineSettings(model_path=str(model.folder)))
+    traffic, prompt = Traffic(engine), _prompts()[0]
+    with monkeypatch.context() as patched:
+        broken = {"embed": engine.runner.model._embedding[:1], "head": None}[operation]
+        patched.setattr(engine.runner.model, weight, broken)
+        traffic.run([Arrival(message=greedy_request(0, prompt, NUM_TOKENS))])
+    traffic.run([Arrival(message=greedy_request(1, prompt, NUM_TOKENS))])
+    assert (traffic.finished[0].finish_reason, traffic.finished[0].tokens) == ("abort", [])
+    assert str(traffic.finished[0].message).startswith(f"operation {operation} failed on rank 0: ")
+    _check_whole(traffic.finished, {1: model.greedy(prompt, NUM_TOKENS)})

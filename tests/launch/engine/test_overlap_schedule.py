@@ -23,7 +23,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "attention TP 2": {"tp": 2, "dp": 1, "ep": 2},
     "dp2-ep2": {"tp": 2, "dp": 2, "a2a": "torch"},
-    "tp4-dp2": {"tp": 4, "dp": 2, "a2a": "torch"},
 }
 PENALTIES = SamplingParams(frequency_penalty=0.9, presence_penalty=0.4, repetition_penalty=1.3)
 LENGTH = 12
