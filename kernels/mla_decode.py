@@ -105,6 +105,7 @@ def mla_decode_reference(
     pages = pool_rows.view(-1, page_size * pool_rows.shape[1]).index_select(0, page_table.flatten())
     latent = pages.view(len(page_table), -1, pool_rows.shape[1])
     beyond = torch.arange(latent.shape[1], device=latent.device) >= seq_lens.unsqueeze(1)
+    latent.masked_fill_(beyond.unsqueeze(2), 0)  # what others have left there may be NaN, and 0 times NaN is NaN
     bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf")).unsqueeze(1)
     scores = torch.baddbmm(bias, query.float(), latent.float().transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1).to(latent.dtype), latent[..., :value_dim])

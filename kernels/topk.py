@@ -9,6 +9,9 @@ from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for
 from moesaic.kernels.replica_choice import ReplicaTable, choose_replicas_reference
 
+LOWEST = -1e30
+"""What a NaN counts as: less than any score, but a candidate."""
+
 
 def grouped_topk(
     logits: Tensor,
@@ -23,7 +26,8 @@ def grouped_topk(
     """Router logits fp32 [T, E] -> (topk_ids int64 [T, K], topk_weights fp32 [T, K]).
 
     The bias decides which experts are chosen, never their weights. A group (of experts) scores the sum of its two best; only the
-    experts of the `topk_groups` best groups compete. Raises ValueError on a device.
+    experts of the `topk_groups` best groups compete. A token's ids are distinct and real even where its logits are NaN. Raises
+    ValueError on a device.
     """
     if uses_triton(logits):
         from moesaic.kernels.triton import topk as device
@@ -84,6 +88,7 @@ def grouped_topk_reference(
     """The same in torch, any device."""
     scores = logits.sigmoid()
     choice = scores + correction_bias
+    choice = choice.masked_fill(choice.isnan(), LOWEST)
     if topk_groups < num_groups:
         grouped = choice.view(-1, num_groups, choice.shape[-1] // num_groups)
         best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_groups, dim=-1).indices

@@ -4,6 +4,9 @@
 
 #include "simd.h"
 
+// What a NaN counts as: less than any score, but a candidate, so that a token's experts are distinct whatever its logits are.
+#define LOWEST -1e30f
+
 static int64_t best_of(const float *values, int64_t n) {
     float highest = largest(values, n);
     int64_t i = 0;
@@ -45,7 +48,10 @@ void grouped_topk(const float *logits, const float *bias, int64_t T, int64_t E, 
             int64_t i = 0;
             for (; i + LANES <= E; i += LANES) store(scores + i, 1.0f / (1.0f + vexp(-load(row + i))));
             for (; i < E; i++) scores[i] = 1.0f / (1.0f + expf(-row[i]));
-            for (i = 0; i < E; i++) choice[i] = scores[i] + bias[i];
+            for (i = 0; i < E; i++) {
+                float value = scores[i] + bias[i];
+                choice[i] = value == value ? value : LOWEST;
+            }
             if (topk_groups < num_groups) limit_to_groups(choice, E, num_groups, topk_groups, group_scores);
             float total = 0;
             for (int64_t k = 0; k < K; k++) {

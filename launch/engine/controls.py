@@ -92,5 +92,5 @@ class Controls:
         """This rank's refusal, or that another one refuses; "" when none does. Collective."""
         if refusal:
             logger.warning("%s", refusal)
-        rank = self._refusals.post(bool(refusal)).failed_rank()
-        return refusal if refusal or rank is None else f"rank {rank} refused; its log says why"
+        refused = self._refusals.post(int(bool(refusal))).failed()
+        return refusal if refusal or refused is None else f"rank {refused[0]} refused; its log says why"

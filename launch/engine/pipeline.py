@@ -69,13 +69,12 @@ class Pipeline:
         self._activity.wait_for_forward()
         outcome = step.pending.result()
         self._activity.enter("exchange of failures")
-        failed_rank = outcome.verdict.failed_rank()
+        failure = self._runner.failure_of(outcome)
         self._activity.enter("results")
-        if failed_rank is None:
+        if failure is None:
             spoiled = self._results.settle(step.launch, step.job, outcome)
         else:
-            message = str(outcome.failure or f"rank {failed_rank} failed in step {step.job.step}")
-            spoiled = self._results.fail(step.launch, message)
+            spoiled = self._results.fail(step.launch, str(failure))
         if len(spoiled):
             self._spoiled.append(spoiled)
         self._profiling.end_step(step.job.timeline)

@@ -90,6 +90,14 @@ class StepRunner:
         with contextlib.nullcontext() if job.timeline is None else job.timeline.step(job.step):
             return self._run(job)
 
+    def failure_of(self, outcome: StepOutcome) -> OperationError | None:
+        """What failed, on this rank or else on the lowest one where something did. Waits for the verdict."""
+        failed = outcome.verdict.failed()
+        if failed is None or outcome.failure is not None:
+            return outcome.failure
+        rank, code = failed
+        return self._runner.model.failure_codes.error(code, rank)
+
     def _run(self, job: StepJob) -> StepOutcome:
         if len(job.spoiled_pages):
             self._runner.clear_pages(job.spoiled_pages)
@@ -104,7 +112,7 @@ class StepRunner:
                 raise
             failure = error
         job.recording.end_step(job.num_tokens, job.mode, job.inputs.metadata.positions)
-        verdict = self._failures.post(failure is not None)
+        verdict = self._failures.post(0 if failure is None else self._runner.model.failure_codes.code(failure))
         if logits is None:
             logger.error("step %d: %s", job.step, failure, exc_info=failure)
             return StepOutcome(verdict=verdict, failure=failure, tokens=_NO_ROWS, bad_rows=_NO_ROWS)

@@ -15,6 +15,7 @@ from moesaic.attention.dp_attention import AttentionTPGroup, all_gather_rows
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.norm import rms_norm
+from moesaic.launch.models.failure_codes import FailureCodes
 from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 from moesaic.launch.models.layers import DenseDecoderLayer, SparseDecoderLayer
 from moesaic.launch.models.operations import DECODE, PREFILL, Schedules, SplitOrder
@@ -80,6 +81,7 @@ class DeepseekV3:
             prefill=prefill,
             decode=decode,
         )
+        self.failure_codes = FailureCodes(self._schedules.operations())
 
     @torch.inference_mode()
     def forward(

@@ -6,7 +6,7 @@ operations (layers.py): no layer is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moesaic.launch.models.blanks import blanks_of
@@ -120,6 +120,12 @@ class Schedules:
         self.closing = _straight([after])
         self._prefill = _lockstep(sparse, prefill) if sparse else self.straight
         self._decode = _lockstep(sparse, decode) if sparse else self.straight
+
+    def operations(self) -> Iterator[Operation]:
+        """All that any of the schedules runs; some come again."""
+        for schedule in (self.leading, self.straight, self._prefill, self._decode, self.closing):
+            for turn in schedule.turns:
+                yield from turn.stage
 
     def split(self, *, extends: bool) -> Schedule:
         """Of two micro-batches; `extends`: some rank computes prompt tokens in this step."""

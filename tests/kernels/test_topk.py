@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from moesaic.kernels.topk import grouped_topk
+from moesaic.kernels.topk import grouped_topk, grouped_topk_reference
 
 
 def _hf(logits: Tensor, bias: Tensor, *, groups: int, topk_groups: int, topk: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -91,3 +93,24 @@ def test_normalised_weights_sum_to_the_scaling_factor(factor: float) -> None:
     logits = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     _, weights = grouped_topk(logits, torch.zeros(16), num_groups=4, topk_groups=2, topk=4, normalize=True, scaling_factor=factor)
     torch.testing.assert_close(weights.sum(-1), torch.full((5,), factor))
+
+
+@pytest.mark.parametrize("choose", [grouped_topk, grouped_topk_reference])
+@pytest.mark.parametrize(("num_groups", "topk_groups"), [(1, 1), (4, 2)])
+def test_a_tokens_experts_are_distinct_and_real_whatever_its_logits_are(
+    choose: Callable[..., tuple[Tensor, Tensor]], num_groups: int, topk_groups: int
+) -> None:
+    """Dispatchers count on it: two rows of one token for one expert would not fit where they have to go."""
+    logits = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    whole, _ = choose(
+        logits, torch.zeros(16), num_groups=num_groups, topk_groups=topk_groups, topk=8, normalize=True, scaling_factor=1.0
+    )
+    logits[1], logits[2], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[4, :14] = torch.nan
+    ids, _ = choose(
+        logits, torch.zeros(16), num_groups=num_groups, topk_groups=topk_groups, topk=8, normalize=True, scaling_factor=1.0
+    )
+    for row in ids.tolist():
+        assert len(set(row)) == 8 and all(0 <= expert < 16 for expert in row)
+    assert set(ids[4, :2].tolist()) == {14, 15}, "a number goes before a NaN"
+    assert torch.equal(ids[[0, 5]], whole[[0, 5]])
