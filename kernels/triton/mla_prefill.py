@@ -242,7 +242,7 @@ def _launch(
         PRECISION="ieee" if is_wide else "tf32",
         HAS_LSE=lse is not None,
         num_warps=4 if is_wide else 8,
-        num_stages=2,
+        num_stages=2 if is_wide else 3,
     )
 
 
