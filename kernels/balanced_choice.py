@@ -24,7 +24,7 @@ from moesaic.kernels.gpu import uses_triton
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedTable:
-    """One layer's slots as the split needs them, int32; build with `of`. -1 is padding; shapes don't depend on the placement.
+    """One layer's slots as the split needs them, int32; build with `of`. -1 is padding; shapes follow from R and M.
 
     fixed_experts [num_gpus, F]: those of each GPU. shared_experts [S]; shared_gpus, shared_slots [S, M]: where each has its
     replicas. shared_index [E]: which of the S it is, -1 = fixed. first_slots [E]: the slot of a fixed expert.
@@ -43,13 +43,14 @@ class BalancedTable:
     ) -> BalancedTable:
         """slots int64 [R] on the CPU: the expert of each slot; slot s lies on GPU s // (R / num_gpus).
 
-        M is `most_gpus`, by default as many as a placement of R slots can need. Raises ValueError.
+        M is `most_gpus`, by default a power of two, 4 or more, that these slots need. Raises ValueError.
         """
         check_tensor("BalancedTable.of", "slots", slots, shape=(None,), dtypes=(torch.int64,), like=torch.empty(0))
         experts = slots.numpy()
         _check_slots(experts, num_experts, num_gpus)
         per_gpu, redundant = len(experts) // num_gpus, len(experts) - num_experts
-        num_shared, most = max(redundant, 1), min(redundant + 1, num_gpus) if most_gpus is None else most_gpus
+        needed = int(np.bincount(experts).max(initial=1))
+        num_shared, most = max(redundant, 1), max(4, 1 << (needed - 1).bit_length()) if most_gpus is None else most_gpus
         fixed = np.full((num_gpus, per_gpu), -1, dtype=np.int32)
         shared_experts, index = np.full(num_shared, -1, dtype=np.int32), np.full(num_experts, -1, dtype=np.int32)
         gpus, places = (np.full((num_shared, most), -1, dtype=np.int32) for _ in range(2))
