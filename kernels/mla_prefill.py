@@ -25,7 +25,8 @@ ROWS_AT_ONCE = 6
 
 def mla_prefill(query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
     """query [T, heads, K + R] (with rotary part), key [heads, K, L] and key_rope [R, L] (shared by the heads), both in the memory
-    of `padded_rows`, value [L, heads, V] -> [T, heads, V]. Raises ValueError on a device.
+    of `padded_rows`, value [L, heads, V] -> [T, heads, V]. Raises ValueError on a device, where contexts that all begin at
+    multiples of 16 rows are faster.
     """
     if uses_triton(query):
         from moesaic.kernels.triton import mla_prefill as device

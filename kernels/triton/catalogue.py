@@ -213,10 +213,12 @@ def _prefill() -> dict[str, Callable[[], object]]:
     heads, nope, key, value = 128, 128, 64, 128
     query, values = _meta(TOKENS, heads, nope + key), _meta(TOKENS, heads, value)
     keys, shared_keys = _meta(heads, nope, TOKENS + 16)[:, :, :TOKENS], _meta(key, TOKENS + 16)[:, :TOKENS]
-    chunks, spans = torch.tensor([[0, TOKENS, 0, 0]]), torch.tensor([[0, TOKENS, 0, TOKENS, 0]])
+    chunks, unaligned = torch.tensor([[0, TOKENS, 0, 0]]), torch.tensor([[1, TOKENS - 1, 1, 0]])
+    spans = torch.tensor([[0, TOKENS, 0, TOKENS, 0]])
     lse = _meta(TOKENS, heads, dtype=F32)
     return {
         "mla_prefill": lambda: mla_prefill.mla_prefill(query, keys, shared_keys, values, chunks, scale=0.1),
+        "mla_prefill unaligned": lambda: mla_prefill.mla_prefill(query, keys, shared_keys, values, unaligned, scale=0.1),
         "mla_prefill_part": lambda: mla_prefill.mla_prefill_part(query, keys, shared_keys, values, spans, scale=0.1),
         "merge_attention": lambda: merge_attention.merge_attention(values, lse, values, lse),
     }
