@@ -37,6 +37,8 @@ def check_tensor(
         raise ValueError(f"{function}: {argument} is {str(tensor.dtype).removeprefix('torch.')}, wanted {wanted}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{function}: {argument} is on {tensor.device}, wanted {like.device}, where the first argument is")
+    if not tensor.numel():
+        return  # nothing to step over: strides of empty tensors are anything
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{function}: {argument} has strides {list(tensor.stride())}, wanted a contiguous tensor")
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -2,7 +2,8 @@
 
 The chunks of several prompts are packed: T query rows, L rows of context. `chunks` int64 [S, 4], on the CPU, has for each its
 first query row, its number of rows, its first context row and the number of cached tokens before it; a chunk's queries are the
-last of its context.
+last of its context. `mla_prefill_part` attends to any part of a context and tells how much weight it has, so that parts can be
+merged (`merge_attention.py`): how a prefix too long to be expanded at once is met chunk by chunk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.kernels.checks import FLOATS, check_tensor
+from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for
 
 QUERY_BLOCK = 1024
@@ -22,8 +25,13 @@ ROWS_AT_ONCE = 6
 
 def mla_prefill(query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
     """query [T, heads, K + R] (with rotary part), key [heads, K, L] and key_rope [R, L] (shared by the heads), both in the memory
-    of `padded_rows`, value [L, heads, V] -> [T, heads, V].
+    of `padded_rows`, value [L, heads, V] -> [T, heads, V]. Raises ValueError on a device, where contexts that all begin at
+    multiples of 16 rows are faster.
     """
+    if uses_triton(query):
+        from moesaic.kernels.triton import mla_prefill as device
+
+        return device.mla_prefill(query, key, key_rope, value, chunks, scale=scale)
     heads, depth, length = key.shape
     stride = key.stride(1)
     padded = key.stride(2) == key_rope.stride(1) == 1 and key_rope.stride(0) == stride >= length + KEY_PADDING
@@ -76,6 +84,63 @@ def mla_prefill_reference(query: Tensor, key: Tensor, key_rope: Tensor, value: T
         )
         out[first_row : first_row + num_rows] = attended.transpose(0, 1)
     return out
+
+
+def mla_prefill_part(
+    query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, spans: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `mla_prefill`, over parts of contexts: (out [T, heads, V], lse fp32 [T, heads], natural log of the sum of exp(scores)).
+
+    spans int64 [S, 5], on the CPU: first query row, number of rows, first context row, number of context rows, and how many of
+    them come before the first query's own (all of them where the part lies wholly before the queries): query i sees that many
+    and i + 1 more, at most all. A row without a span is unspecified; one that sees nothing is 0 with lse -inf. Raises ValueError.
+    """
+    if uses_triton(query):
+        from moesaic.kernels.triton import mla_prefill as device
+
+        return device.mla_prefill_part(query, key, key_rope, value, spans, scale=scale)
+    return mla_prefill_part_reference(query, key, key_rope, value, spans, scale=scale)
+
+
+def mla_prefill_part_reference(
+    query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, spans: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same in torch, any device and dtype."""
+    check_part("mla_prefill_part", query, key, key_rope, value=value, spans=spans)
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
+    lse = torch.full(query.shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
+    shared = key_rope.float().expand(key.shape[0], -1, -1)
+    for first_row, num_rows, first_key, num_keys, before in spans.tolist():
+        rows, context = slice(first_row, first_row + num_rows), slice(first_key, first_key + num_keys)
+        keys = torch.cat([key[:, :, context].float(), shared[:, :, context]], dim=1)
+        scores = torch.matmul(query[rows].float().transpose(0, 1), keys) * scale
+        seen = before + 1 + torch.arange(num_rows, device=query.device)
+        beyond = torch.arange(num_keys, device=query.device) >= seen.unsqueeze(1)
+        scores = scores.masked_fill_(beyond, float("-inf"))
+        own = scores.logsumexp(-1)
+        weights = (scores - own.unsqueeze(-1)).exp().nan_to_num_(0)
+        out[rows] = torch.matmul(weights, value[context].float().transpose(0, 1)).transpose(0, 1).to(out.dtype)
+        lse[rows] = own.t()
+    return out, lse
+
+
+def check_part(function: str, query: Tensor, key: Tensor, key_rope: Tensor, *, value: Tensor, spans: Tensor) -> None:
+    """What `mla_prefill_part` refuses. Raises ValueError."""
+    check_tensor(function, "query", query, shape=(None, None, None), dtypes=(*FLOATS, torch.float64))
+    num_tokens, heads, width = query.shape
+    own = (query.dtype,)
+    check_tensor(function, "key", key, shape=(heads, None, None), dtypes=own, like=query)
+    depth, length = key.shape[1:]
+    check_tensor(function, "key_rope", key_rope, shape=(width - depth, length), dtypes=own, like=query)
+    check_tensor(function, "value", value, shape=(length, heads, None), dtypes=own, like=query)
+    check_tensor(function, "spans", spans, shape=(None, 5), dtypes=(torch.int64,), like=torch.empty(0))
+    for first_row, num_rows, first_key, num_keys, before in spans.tolist():
+        inside = first_row >= 0 and num_rows >= 0 and first_row + num_rows <= num_tokens
+        if not (inside and first_key >= 0 and num_keys >= 0 and first_key + num_keys <= length and before >= 0):
+            got = [first_row, num_rows, first_key, num_keys, before]
+            raise ValueError(
+                f"{function}: spans has {got}, wanted rows among {num_tokens} and context among {length}, none negative"
+            )
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:

@@ -12,14 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.kernels.balanced_choice import BalancedTable, ChoiceCounts
+from moesaic.kernels.peer_exchange import Dispatched, PeerLayout, PeerWindow
 from moesaic.kernels.permute import RowMap
 from moesaic.kernels.quant import FP8
 from moesaic.kernels.replica_choice import ReplicaTable
-from moesaic.kernels.triton import activation, grouped_gemm, mla_decode, norm, permute, quant, rope, topk
+from moesaic.kernels.triton import (
+    activation,
+    balanced_choice,
+    embedding,
+    grouped_gemm,
+    merge_attention,
+    mla_decode,
+    mla_prefill,
+    norm,
+    peer_exchange,
+    permute,
+    quant,
+    rope,
+    sampling,
+    topk,
+)
 from moesaic.kernels.triton.launch import Launch, recorded
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 128, 7168, 2048, 256, 8
-LOCAL_EXPERTS, MASKED_ROWS = 9, 1024
+LOCAL_EXPERTS, MASKED_ROWS, VOCABULARY = 9, 1024, 129280
 BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
 
 
@@ -30,13 +47,17 @@ def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def catalogue() -> dict[str, Launch]:
     """Launches by name: the entry's own, and the kernel's where an entry starts several."""
     found: dict[str, Launch] = {}
-    for name, call in (_quantisation() | _rows() | _routing() | _exchange() | _products() | _attention()).items():
+    entries: dict[str, Callable[[], object]] = {}
+    for part in (_quantisation, _rows, _routing, _balancing, _exchange, _peers, _products, _attention, _prefill, _tokens):
+        entries |= part()
+    for name, call in entries.items():
         with recorded() as launches:
             call()
         assert launches, f"{name} started no kernel"
         for one in launches:
             label = name if len(launches) == 1 else f"{name} {one.kernel.__name__.strip('_').removesuffix('_kernel')}"
-            assert label not in found, f"two launches are called {label}"
+            label = label if label not in found else f"{label} 2"
+            assert label not in found, f"three launches are called {label}"
             found[label] = one
     return found
 
@@ -84,6 +105,27 @@ def _routing() -> dict[str, Callable[[], object]]:
     }
 
 
+def _balancing() -> dict[str, Callable[[], object]]:
+    """256 experts with 32 redundant slots, over 32 and 72 GPUs."""
+    ids, counts = _meta(TOKENS, TOPK, dtype=I64), _meta(EXPERTS, dtype=I64)
+    own = ChoiceCounts(total=counts, before=_meta(TOKENS * TOPK // balanced_choice.CHUNK, EXPERTS, dtype=torch.int32))
+    found: dict[str, Callable[[], object]] = {"count_choices": lambda: balanced_choice.count_choices(ids, EXPERTS)}
+    for gpus, most in ((32, 2), (72, 4)):
+        shapes = ((gpus, (EXPERTS + 32) // gpus), (32,), (32, most), (32, most), (EXPERTS,), (EXPERTS,))
+        fixed, shared, shared_gpus, shared_slots, index, first = (_meta(*shape, dtype=torch.int32) for shape in shapes)
+        table = BalancedTable(
+            fixed_experts=fixed,
+            shared_experts=shared,
+            shared_gpus=shared_gpus,
+            shared_slots=shared_slots,
+            shared_index=index,
+            first_slots=first,
+        )
+        everyones = _meta(gpus, EXPERTS, dtype=I64)
+        found[f"choose_balanced {gpus}"] = partial(balanced_choice.choose_balanced, ids, own, everyones, table, rank=0)
+    return found
+
+
 def _exchange() -> dict[str, Callable[[], object]]:
     ids, row = _meta(TOKENS, TOPK, dtype=I64), _meta(TOKENS, TOPK, dtype=I64)
     row_map = RowMap(
@@ -101,6 +143,27 @@ def _exchange() -> dict[str, Callable[[], object]]:
         "to_rows": lambda: permute.to_rows(_meta(TOKENS, HIDDEN), row_map, zero_padding=False),
         "from_rows": lambda: permute.from_rows(rows, row_map),
         "weighted_rows": lambda: permute.weighted_rows(rows, row_map, weights),
+    }
+
+
+def _peers() -> dict[str, Callable[[], object]]:
+    """Eight ranks of a node, 32 experts each."""
+    layout = PeerLayout(num_ranks=8, num_local=EXPERTS // 8, max_tokens=TOKENS, topk=TOPK, hidden=HIDDEN)
+    words = _meta(3, dtype=torch.int32)
+    own, peers = _meta(layout.num_bytes, dtype=torch.uint8), _meta(layout.num_ranks, dtype=I64)
+    window = PeerWindow(layout=layout, rank=0, own=own, peers=peers, step=words[:1], late=words[1:])
+    ids, rows = _meta(TOKENS, TOPK, dtype=I64), _meta(layout.num_local, layout.room, HIDDEN)
+    received = Dispatched(
+        x=rows,
+        scales=rows,
+        counts=_meta(layout.num_local, dtype=I64),
+        origin=_meta(layout.num_local, layout.room, dtype=torch.int32),
+    )
+    return {
+        "peer dispatch_send": lambda: peer_exchange.dispatch_send(_meta(TOKENS, HIDDEN), ids, window),
+        "peer dispatch_receive": lambda: peer_exchange.dispatch_receive(window),
+        "peer combine_send": lambda: peer_exchange.combine_send(rows, received, window),
+        "peer combine_receive": lambda: peer_exchange.combine_receive(ids, _meta(TOKENS, TOPK, dtype=F32), window),
     }
 
 
@@ -144,3 +207,27 @@ def _attention() -> dict[str, Callable[[], object]]:
             sizes: dict[str, Any] = {"page_size": page, "value_dim": latent, "scale": 0.1, "split_tokens": 4096}
             found[f"mla_decode {name} page {page}"] = partial(mla_decode.mla_decode, query, pool, pages_of, lens, **sizes)
     return found
+
+
+def _prefill() -> dict[str, Callable[[], object]]:
+    heads, nope, key, value = 128, 128, 64, 128
+    query, values = _meta(TOKENS, heads, nope + key), _meta(TOKENS, heads, value)
+    keys, shared_keys = _meta(heads, nope, TOKENS + 16)[:, :, :TOKENS], _meta(key, TOKENS + 16)[:, :TOKENS]
+    chunks, unaligned = torch.tensor([[0, TOKENS, 0, 0]]), torch.tensor([[1, TOKENS - 1, 1, 0]])
+    spans = torch.tensor([[0, TOKENS, 0, TOKENS, 0]])
+    lse = _meta(TOKENS, heads, dtype=F32)
+    return {
+        "mla_prefill": lambda: mla_prefill.mla_prefill(query, keys, shared_keys, values, chunks, scale=0.1),
+        "mla_prefill unaligned": lambda: mla_prefill.mla_prefill(query, keys, shared_keys, values, unaligned, scale=0.1),
+        "mla_prefill_part": lambda: mla_prefill.mla_prefill_part(query, keys, shared_keys, values, spans, scale=0.1),
+        "merge_attention": lambda: merge_attention.merge_attention(values, lse, values, lse),
+    }
+
+
+def _tokens() -> dict[str, Callable[[], object]]:
+    logits, ids = _meta(TOKENS, VOCABULARY), _meta(TOKENS, dtype=I64)
+    return {
+        "embed": lambda: embedding.embed(ids, _meta(VOCABULARY, HIDDEN)),
+        "greedy_tokens": lambda: sampling.greedy_tokens(logits),
+        "sample_tokens": lambda: sampling.sample_tokens(logits, _meta(TOKENS, dtype=F32), ids, ids),
+    }

@@ -1,7 +1,8 @@
 """`python -m moesaic.kernels.triton.compile`: compiles all Triton kernels for Hopper (sm_90a), without a GPU, and weighs them.
 
-resources.json beside this file holds the last known registers, spills and shared memory; `--write` renews it. Triton keeps
-compiled kernels in its own cache by the hash of their source, so only what changed is compiled again.
+resources.json beside this file holds the last known registers, spills and shared memory; `--write` renews it, with `--only WORD`
+for the kernels with this word in their name. Triton keeps compiled kernels in its own cache by the hash of their source, so only
+what changed is compiled again.
 """
 
 from __future__ import annotations
@@ -81,22 +82,25 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def measure() -> dict[str, dict[str, int]]:
-    """Resources of every kernel of the catalogue, by name."""
-    return {name: asdict(resources_of(launch)) for name, launch in catalogue().items()}
+def measure(only: str = "") -> dict[str, dict[str, int]]:
+    """Resources of every kernel of the catalogue with `only` in its name, by name."""
+    return {name: asdict(resources_of(launch)) for name, launch in catalogue().items() if only in name}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m moesaic.kernels.triton.compile", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}")
+    parser.add_argument("--only", metavar="WORD", default="", help="only kernels with this word in their name")
     arguments = parser.parse_args()
-    measured = measure()
+    measured = measure(arguments.only)
     for name, needs in measured.items():
         print(f"{name:40}" + "".join(f"  {needs[key]:>6} {key}" for key in needs))
-    if arguments.write:
-        TABLE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        return 0
     known = json.loads(TABLE.read_text(encoding="utf-8"))
+    others = {name: needs for name, needs in known.items() if arguments.only not in name}
+    if arguments.write:
+        TABLE.write_text(json.dumps(others | measured, indent=1) + "\n", encoding="utf-8")
+        return 0
+    known = {name: needs for name, needs in known.items() if name not in others}
     changed = sorted(name for name in measured.keys() | known.keys() if measured.get(name) != known.get(name))
     for name in changed:
         print(f"{name}: known {known.get(name)}, now {measured.get(name)}", file=sys.stderr)

@@ -119,21 +119,16 @@ def map_choices(
     tokens = topk_ids.new_empty(topk_ids.numel())
     if not topk_ids.numel():
         return row, elsewhere, tokens, topk_ids.new_zeros(num_experts)
-    counts = topk_ids.new_empty(num_experts)
-    experts = power_of_two(num_experts)
-    chunk = min(max(CHUNK_ELEMENTS // experts, SHORTEST_CHUNK), LONGEST_CHUNK)
-    num_chunks = ceil_div(topk_ids.numel(), chunk)
-    chunk_counts = topk_ids.new_empty(num_chunks, num_experts, dtype=torch.int32)
-    shared: dict[str, Any] = {"chunk_counts": chunk_counts, "num_experts": num_experts}
-    choices: dict[str, Any] = {"topk_ids": topk_ids, "num_choices": topk_ids.numel(), "CHUNK": chunk, "EXPERTS": experts}
-    launch(_count_kernel, (num_chunks,), **shared, **choices)
-    launch(_scan_kernel, (num_experts,), **shared, counts=counts, num_chunks=num_chunks, CHUNKS=power_of_two(num_chunks))
+    chunk = min(max(CHUNK_ELEMENTS // power_of_two(num_experts), SHORTEST_CHUNK), LONGEST_CHUNK)
+    chunk_counts, counts = count_chunks(topk_ids, num_experts, chunk)
     launch(
         _place_kernel,
-        (num_chunks,),
-        **shared,
-        **choices,
+        (chunk_counts.shape[0],),
+        topk_ids=topk_ids,
+        chunk_counts=chunk_counts,
         counts=counts,
+        num_choices=topk_ids.numel(),
+        num_experts=num_experts,
         row=row,
         elsewhere=elsewhere,
         tokens=tokens,
@@ -141,8 +136,23 @@ def map_choices(
         topk=topk_ids.shape[1],
         ALIGNMENT=alignment,
         MASKED=rows_per_expert is not None,
+        CHUNK=chunk,
+        EXPERTS=power_of_two(num_experts),
     )
     return row, elsewhere, tokens, counts
+
+
+def count_chunks(topk_ids: Tensor, num_experts: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Of choices [T, K], at least one: (int32 [chunks, E], those of each expert in the chunks before, int64 [E], all of them)."""
+    num_choices = topk_ids.numel()
+    num_chunks = ceil_div(num_choices, chunk)
+    chunk_counts = topk_ids.new_empty(num_chunks, num_experts, dtype=torch.int32)
+    counts = topk_ids.new_empty(num_experts)
+    shared: dict[str, Any] = {"chunk_counts": chunk_counts, "num_experts": num_experts}
+    experts = power_of_two(num_experts)
+    launch(_count_kernel, (num_chunks,), **shared, topk_ids=topk_ids, num_choices=num_choices, CHUNK=chunk, EXPERTS=experts)
+    launch(_scan_kernel, (num_experts,), **shared, counts=counts, num_chunks=num_chunks, CHUNKS=power_of_two(num_chunks))
+    return chunk_counts, counts
 
 
 @triton.jit

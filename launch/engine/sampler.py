@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.kernels.random_bits import gumbel_noise, row_keys
+from moesaic.kernels.sampling import MIN_TEMPERATURE, greedy_tokens
 from moesaic.launch.engine.penalties import Penalties
-from moesaic.launch.engine.random_bits import gumbel_noise, row_keys
 
-MIN_TEMPERATURE = 1e-6  # below it a row is greedy, as in SGLang
 _MASS_ONE = 2.0**34  # fixed-point 1: the mass of V <= 2^18 tokens stays below 2^52, exact in float64 too
 _CHUNK_ELEMENTS = 1 << 24  # of [R, V]: bounds the temporaries to a few 128 MB buffers
 
@@ -107,10 +107,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     An all-greedy batch without penalties makes no copy of the logits. Raises NonFiniteLogits.
     """
     scores = _penalised(logits, batch)
-    tokens = scores.argmax(dim=-1)
-    best = scores.gather(1, tokens[:, None]).float()
-    # argmax takes a NaN for the largest value, so looking at the B winners finds one anywhere in [B, V].
-    is_finite = best[:, 0].isfinite()
+    tokens, largest = greedy_tokens(scores)
+    best = largest[:, None]
+    is_finite = largest.isfinite()
     if not is_finite.all():
         raise NonFiniteLogits(is_finite.logical_not().nonzero()[:, 0].tolist())
     num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.kernels.sampling import MIN_TEMPERATURE
 from moesaic.launch.engine.messages import SamplingParams
 from moesaic.launch.engine.penalties import Penalties, TokenHistory
-from moesaic.launch.engine.sampler import MIN_TEMPERATURE, SamplingBatch
+from moesaic.launch.engine.sampler import SamplingBatch
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
 
 GREEDY = SamplingBatch.make(temperature=[], top_p=[], top_k=[], min_p=[], seed=[], position=[])

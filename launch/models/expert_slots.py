@@ -16,6 +16,7 @@ from moesaic.eplb.replica_choice import ReplicaChoice, make_replica_choice
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.parallel import ParallelContext
+from moesaic.moe.balanced_choice import DeviceBalancedChoice
 from moesaic.moe.communication import Communications
 
 BATCH_ALGORITHMS = ("balanced", "activated")
@@ -51,6 +52,10 @@ def choose_replicas(
     source = _TokenSource.of(parallel)
     algorithm = options.replica_choice
     weights = None
+    if algorithm == "balanced" and torch.device(device).type == "cuda":
+        return DeviceBalancedChoice(
+            location, rank=source.index, gather_counts=lambda counts: source.gather(counts, communications), device=device
+        )
     if algorithm == "probability":
         weights = planned_weights(location, np.ones((location.num_layers, location.num_experts)))
     return make_replica_choice(

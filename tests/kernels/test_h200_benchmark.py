@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import interpreter  # noqa: F401  before anything that imports Triton
 import pytest
 import torch
 
@@ -22,6 +23,15 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, value in TOY.items():
         monkeypatch.setattr(h200_cases, name, value)
     return h200_cases
+
+
+@pytest.fixture
+def step_cases(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    import h200_step_cases
+
+    for name, value in {"VOCABULARY": 300, "NOPE": 16, "VALUE": 8, "PROMPT": 16, "REDUNDANT": 4}.items():
+        monkeypatch.setattr(h200_step_cases, name, value)
+    return h200_step_cases
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
@@ -42,19 +52,25 @@ def test_moesaic_is_found_in_the_repository_where_it_is_not_installed() -> None:
     assert done.stdout.strip() == str(BENCHMARKS.parent / "kernels" / "quant.py"), done.stderr
 
 
-def test_every_kernel_has_a_quick_case_and_bytes_to_move(cases: ModuleType) -> None:
-    found = cases.all_cases()
+def test_every_kernel_has_a_quick_case_and_bytes_to_move(cases: ModuleType, step_cases: ModuleType) -> None:
+    found = cases.all_cases() + step_cases.step_cases()
     assert {case.name for case in found if case.in_quick} == {case.name for case in found}
     assert all(case.num_bytes > 0 for case in found)
     assert len({(case.name, case.size) for case in found}) == len(found)
 
 
-def test_each_case_agrees_with_its_reference_and_its_peers_run(cases: ModuleType) -> None:
+def test_each_case_agrees_with_its_reference_and_its_peers_run(cases: ModuleType, step_cases: ModuleType) -> None:
     small = [
         *cases._row_cases(8),
         *cases._decode_expert_cases(4, 32)[:2],
         cases._mla(3, 16, False),
         cases._mla(3, 16, True),
+        step_cases._balanced(4, 4),
+        step_cases._prefill(32),
+        step_cases._merge(4),
+        step_cases._embed(4),
+        *step_cases._sampling(4),
+        step_cases._peers(3),
     ]
     for case in small:
         ready = case.make()

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.kernels.random_bits import gumbel_noise, random_bits, row_keys
 from moesaic.launch.engine.penalties import Penalties, TokenHistory
-from moesaic.launch.engine.random_bits import gumbel_noise, random_bits, row_keys
 from moesaic.launch.engine.sampler import NonFiniteLogits, SamplingBatch, sample, token_logprobs
 
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "seed": 0, "position": 0}
