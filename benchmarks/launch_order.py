@@ -2,8 +2,8 @@
 and with every communication waited for at once. Writes benchmarks/results/launch-order.png, which README shows.
 
 The demo model on two ranks (EP 2, real gloo on CPU), on an emulated network that delays every message by a stated share of what a
-layer computes and uses no CPU (see tests/support/launch_order.py). Figures are of all recorded steps of both ranks. Drawn is rank 0
-in the fastest step of each order, where the machine itself was in the way least, from the same layer on and at the same scale.
+layer computes and uses no CPU (see tests/support/launch_order_jobs.py). Figures are of all recorded steps of both ranks. Drawn is
+rank 0 in the fastest step of each order, where the machine itself was in the way least, from the same layer on, at the same scale.
 
 Usage: python benchmarks/launch_order.py [--png FILE]
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from engine_jobs import EngineSettings
 from forward_jobs import ForwardCase
-from launch_order import Recorded, launch_order_job
+from launch_order_jobs import Recorded, launch_order_job
 from rank_pool import RankPool
 
 from moesaic.launch.demo import CHECKPOINT_DIR

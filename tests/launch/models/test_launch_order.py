@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from engine_jobs import EngineSettings
 from forward_jobs import ForwardCase, Forwards
-from launch_order import Recorded, launch_order_job
+from launch_order_jobs import Recorded, launch_order_job
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
