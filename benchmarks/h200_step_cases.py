@@ -5,12 +5,14 @@ As h200_cases.py, whose sizes, names and helpers these share.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import h200_cases as base
 import torch
 from h200_cases import Case, Ready, relative_error
 from torch import Tensor
 
-from moesaic.kernels import balanced_choice, embedding, merge_attention, mla_prefill, peer_exchange, sampling
+from moesaic.kernels import balanced_choice, embedding, grouped_gemm, merge_attention, mla_prefill, peer_exchange, quant, sampling
 
 VOCABULARY, NOPE, VALUE, PROMPT, REDUNDANT = 129280, 128, 128, 4096, 32
 
@@ -24,6 +26,7 @@ def step_cases() -> list[Case]:
         *(_embed(tokens) for tokens in (128, 4096, 16384)),
         *(case for tokens in (128, 32, 256) for case in _sampling(tokens)),
         _peers(128),
+        *(case for tokens in (128, 256) for scaled in (True, False) for case in _cute(tokens, scaled)),
     ]
 
 
@@ -35,7 +38,7 @@ def _balanced(tokens: int, ranks: int) -> Case:
         demand = torch.rand(experts) ** 4 + 0.01
         popular = torch.multinomial(demand, REDUNDANT, replacement=True)
         slots = torch.cat([torch.arange(experts), popular])[torch.randperm(experts + REDUNDANT)]
-        table = balanced_choice.BalancedTable.of(slots, num_experts=experts, num_gpus=ranks, most_gpus=8, device=base.DEVICE)
+        table = balanced_choice.BalancedTable.of(slots, num_experts=experts, num_gpus=ranks, device=base.DEVICE)
         batch = [torch.multinomial(demand.expand(tokens, -1), base.TOPK) for _ in range(ranks)]
         counts = torch.stack([balanced_choice.count_choices_reference(ids, experts).total for ids in batch]).to(base.DEVICE)
         ids = batch[0].to(base.DEVICE)
@@ -224,3 +227,48 @@ def _peers(tokens: int) -> Case:
     rows = tokens * min(base.TOPK, local)
     moved = tokens * base.HIDDEN * 4 + rows * base.HIDDEN * (3 + 6)
     return Case(name="peer exchange", size=f"{tokens} tokens, 1 rank of {local} experts", num_bytes=moved, make=make, in_quick=True)
+
+
+def _cute(tokens: int, scaled: bool) -> list[Case]:
+    """The CuTe DSL products beside Triton's, at the sizes of a decode rank of EP 32; none where CuTe DSL isn't importable."""
+    if find_spec("cutlass") is None:
+        return []
+    experts, room, mean = 8, 32 * tokens, tokens * base.TOPK // 8
+    width, depth = 2 * base.INTERMEDIATE, base.HIDDEN
+
+    def make() -> Ready:
+        from moesaic.kernels.cute import grouped_gemm as cute
+
+        x, counts = base._random(experts, room, depth), torch.full((experts,), mean, device=base.DEVICE)
+        if scaled:
+            weight, scales = base._fp8_weights(experts, width, depth)
+            values, own = quant.quantize_per_token_reference(x.view(-1, depth))
+            values, own = values.view(x.shape), quant.empty_scales(x, mn_major=True).copy_(own.view(experts, room, -1))
+            arguments = (values, own, weight, scales, counts)
+            ours, triton = cute.grouped_gemm_fp8_masked, grouped_gemm.grouped_gemm_fp8_masked
+        else:
+            arguments = (x, base._random(experts, width, depth), counts)
+            ours, triton = cute.grouped_gemm_masked, grouped_gemm.grouped_gemm_masked
+
+        def by_triton() -> Tensor:
+            return triton(*arguments, expected_rows=mean)
+
+        return Ready(
+            ours=lambda: ours(*arguments)[:, :mean],
+            error=lambda: relative_error(ours(*arguments)[:, :mean], by_triton()[:, :mean]),
+            peers={"triton": by_triton},
+        )
+
+    value_bytes = 1 if scaled else 2
+    return [
+        Case(
+            name=f"cute grouped_gemm{'_fp8' if scaled else ''}_masked",
+            size=f"EP 32, {tokens} tokens, {experts} x {mean} rows, [{width}, {depth}]",
+            num_bytes=experts * (width * depth + mean * depth) * value_bytes + experts * mean * width * 2,
+            num_flops=2 * experts * mean * width * depth,
+            matmul="fp8" if scaled else "bf16",
+            make=make,
+            in_quick=tokens == 128,
+            captured=False,
+        )
+    ]

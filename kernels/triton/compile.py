@@ -55,7 +55,7 @@ def resources_of(launch: Launch) -> Resources:
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=HOPPER, options=parsed.__dict__)
-    registers, spilled = _usage(compiled.asm["cubin"])
+    registers, spilled = usage(compiled.asm["cubin"])
     code: str = compiled.asm["ptx"]
     return Resources(
         registers=registers,
@@ -67,7 +67,7 @@ def resources_of(launch: Launch) -> Resources:
     )
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack and local memory) of the one kernel in a binary, as the driver would read them."""
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -95,17 +95,22 @@ def main() -> int:
     measured = measure(arguments.only)
     for name, needs in measured.items():
         print(f"{name:40}" + "".join(f"  {needs[key]:>6} {key}" for key in needs))
-    known = json.loads(TABLE.read_text(encoding="utf-8"))
-    others = {name: needs for name, needs in known.items() if arguments.only not in name}
-    if arguments.write:
-        TABLE.write_text(json.dumps(others | measured, indent=1) + "\n", encoding="utf-8")
+    return settle(measured, TABLE, only=arguments.only, write=arguments.write)
+
+
+def settle(measured: dict[str, dict[str, int]], table: Path, *, only: str, write: bool) -> int:
+    """Compares with what the table knows of the kernels with `only` in their names, or renews it there. Returns the exit status."""
+    known: dict[str, dict[str, int]] = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
+    others = {name: needs for name, needs in known.items() if only not in name}
+    if write:
+        table.write_text(json.dumps(others | measured, indent=1) + "\n", encoding="utf-8")
         return 0
-    known = {name: needs for name, needs in known.items() if name not in others}
-    changed = sorted(name for name in measured.keys() | known.keys() if measured.get(name) != known.get(name))
+    names = sorted((measured.keys() | known.keys()) - others.keys())
+    changed = [name for name in names if measured.get(name) != known.get(name)]
     for name in changed:
         print(f"{name}: known {known.get(name)}, now {measured.get(name)}", file=sys.stderr)
     if changed:
-        print(f"after a look, renew the table: {parser.prog} --write", file=sys.stderr)
+        print("after a look, renew the table with --write", file=sys.stderr)
     return 1 if changed else 0
 
 

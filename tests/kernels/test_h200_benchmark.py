@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_moesaic_is_found_in_the_repository_where_it_is_not_installed() -> None:
     """-S: no site-packages, so no editable install; the module that is found needs nothing but the standard library."""
     code = "import bare_import, moesaic; from importlib.util import find_spec; print(find_spec('moesaic.kernels.quant').origin)"
     command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=BENCHMARKS)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=BENCHMARKS, env=bare)
     assert done.stdout.strip() == str(BENCHMARKS.parent / "kernels" / "quant.py"), done.stderr
 
 
