@@ -58,6 +58,15 @@ def write_latent(
     )
 
 
+def check_kv_scale(function: str, kv_scale: float, pool_rows: Tensor) -> None:
+    """Refuse a scale that an FP8 pool can't be divided by, and any but 1 for other pools. Raises ValueError."""
+    if pool_rows.dtype is not FP8 and kv_scale != 1.0:
+        kind = str(pool_rows.dtype).removeprefix("torch.")
+        raise ValueError(f"{function}: kv_scale is {kv_scale} for a pool in {kind}, wanted 1: only an FP8 pool is scaled")
+    if not 0.0 < kv_scale < float("inf"):
+        raise ValueError(f"{function}: kv_scale is {kv_scale}, wanted a finite number above 0")
+
+
 def write_latent_reference(
     projected: Tensor,
     norm: Tensor,

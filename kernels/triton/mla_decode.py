@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.checks import FLOATS, INDICES, check_number, check_tensor
+from moesaic.kernels.latent_write import check_kv_scale
 from moesaic.kernels.quant import FP8
 from moesaic.kernels.triton.launch import ceil_div, launch, power_of_two
 
@@ -144,6 +145,7 @@ def mla_decode(
 ) -> Tensor:
     """As `kernels.mla_decode.mla_decode`."""
     _check(query, pool_rows, page_table, seq_lens, page_size, value_dim, split_tokens)
+    check_kv_scale("mla_decode", kv_scale, pool_rows)
     num_rows, num_heads, width = query.shape
     out = query.new_empty(num_rows, num_heads, value_dim)
     if not out.numel():

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.checks import FLOATS, check_tensor
+from moesaic.kernels.latent_write import check_kv_scale
 from moesaic.kernels.quant import FP8
 from moesaic.kernels.triton.launch import ceil_div, launch, power_of_two
 
@@ -136,6 +137,7 @@ def write_latent(
     _check_rotation(function, projected, table, positions, num_tokens, both - width)
     check_tensor(function, "slots", slots, shape=(num_tokens,), dtypes=(torch.int64,), like=projected)
     check_tensor(function, "pool_rows", pool_rows, shape=(None, both), dtypes=(*FLOATS, FP8), like=projected)
+    check_kv_scale(function, kv_scale, pool_rows)
     if num_tokens:
         launch(
             _write_kernel,

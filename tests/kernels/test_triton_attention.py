@@ -177,6 +177,8 @@ def _decode_with(**changes: Any) -> object:
         (lambda: _decode_with(seq_lens=torch.ones(2).long()), r"seq_lens has shape \[2\], wanted \[1\]"),
         (lambda: _decode_with(value_dim=24), "value_dim is 24, wanted 1 to 23"),
         (lambda: _decode_with(split_tokens=0), "split_tokens is 0, wanted 1 or more"),
+        (lambda: _decode_with(kv_scale=0.5), "kv_scale is 0.5 for a pool in float32, wanted 1"),
+        (lambda: _decode_with(kv_scale=0.0, pool_rows=torch.zeros(8, 24).to(FP8)), "kv_scale is 0.0, wanted a finite number"),
         (lambda: rope.apply_rope(torch.ones(1, 1, 3), torch.ones(2, 1).cfloat(), torch.zeros(1).long()), "3 dimensions to"),
         (lambda: rope.apply_rope(torch.ones(1, 1, 4), torch.ones(2, 2), torch.zeros(1).long()), "table is float32, wanted"),
     ],
