@@ -24,10 +24,10 @@ from typing import Literal
 
 import msgspec
 
+from moesaic.launch.engine import messages
+
 PROTOCOL_VERSION = 1
-MAX_ROOM = (1 << 63) - 1
-WARMUP_HOST = "2.2.2.2"
-"""A `bootstrap_host` that no prefill instance has: SGLang's mark of a warm-up request, whose transfer is not made."""
+MAX_ROOM, WARMUP_HOST = messages.MAX_ROOM, messages.WARMUP_HOST
 
 
 class TransferState(IntEnum):
