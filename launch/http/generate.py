@@ -75,7 +75,9 @@ def make_router(services: Services) -> APIRouter:
 
 async def _whole(services: Services, jobs: Sequence[Job], single: bool, with_text: bool) -> Response:
     with Run(services, jobs) as run:
-        answers = [_answer(services, sequence, with_text) for sequence in await run.finished()]
+        # A router puts the prompt's logprobs of prefill's answer in front of decode's, but only in a single whole one.
+        elsewhere = single and services.config.role == "decode"
+        answers = [_answer(services, sequence, with_text, with_prompt=not elsewhere) for sequence in await run.finished()]
     return json_response(answers[0] if single else answers)
 
 
@@ -197,7 +199,8 @@ def _names(rid: str | list[str] | None, count: int) -> list[str]:
 # From sequences to answers
 
 
-def _answer(services: Services, sequence: Generated, with_text: bool) -> dict[str, Any]:
+def _answer(services: Services, sequence: Generated, with_text: bool, *, with_prompt: bool = True) -> dict[str, Any]:
+    """`with_prompt`: with the prompt's logprobs, if they are asked for."""
     meta: dict[str, Any] = {
         "id": sequence.job.name,
         "finish_reason": None if sequence.finish is None else finish_reason(sequence.finish, len(sequence.output_ids)),
@@ -208,7 +211,7 @@ def _answer(services: Services, sequence: Generated, with_text: bool) -> dict[st
         "e2e_latency": sequence.latency(),
     }
     if sequence.job.wants.logprobs:
-        meta |= _logprobs(services, sequence, with_text)
+        meta |= _logprobs(services, sequence, sequence.prompt_logprobs if with_prompt else [], with_text)
     return {"text": sequence.text, "output_ids": sequence.output_ids, "meta_info": meta}
 
 
@@ -221,7 +224,7 @@ def finish_reason(finish: Finish, num_tokens: int) -> dict[str, Any]:
     return {"type": "stop", "matched": finish.matched}
 
 
-def _logprobs(services: Services, sequence: Generated, with_text: bool) -> dict[str, Any]:
+def _logprobs(services: Services, sequence: Generated, prompt: Sequence[TokenLogprobs], with_text: bool) -> dict[str, Any]:
     """Triples [logprob, token id, text or null]; for the top ones a list of triples per position."""
 
     def triple(token_id: int, logprob: float | None) -> list[Any]:
@@ -231,13 +234,11 @@ def _logprobs(services: Services, sequence: Generated, with_text: bool) -> dict[
     def tops(rows: Sequence[TokenLogprobs]) -> list[list[list[Any]] | None]:
         return [[triple(*top) for top in row.top] or None for row in rows]
 
-    # Prefill gives its prompt's logprobs in its own answer, and the router puts them in front of decode's.
-    prompt = [] if services.config.role == "decode" else sequence.prompt_logprobs
     meta: dict[str, Any] = {
         "input_token_logprobs": [triple(row.token_id, row.logprob) for row in prompt],
         "output_token_logprobs": [triple(row.token_id, row.logprob) for row in sequence.logprobs],
     }
     if sequence.job.wants.top:
-        meta["input_top_logprobs"] = tops(sequence.prompt_logprobs)
+        meta["input_top_logprobs"] = tops(prompt)
         meta["output_top_logprobs"] = tops(sequence.logprobs)
     return meta
