@@ -25,6 +25,7 @@ from moesaic.launch.disaggregation.protocol import (
     ControlMessage,
     Deadlines,
     Done,
+    Expect,
     FailureKind,
     Last,
     Open,
@@ -282,6 +283,8 @@ class ReceiverRoom:
     def _connected(self, route: Route) -> None:
         self._streams = {source: _Stream(source, index) for index, source in enumerate(route.sources)}
         self._num_receivers = route.num_receivers
+        for stream in self._streams.values():
+            stream.source.link.send(Expect(room=self.room))
         self._progress.advance(TransferState.WAITING)
         if self._targets is not None:
             self._open()
