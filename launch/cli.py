@@ -1,4 +1,4 @@
-"""The command `moesaic`: `moesaic serve ...`, `moesaic eplb ...`, `moesaic timeline ...`, `moesaic --version`.
+"""The command `moesaic`: `moesaic serve ...`, `moesaic router ...`, `moesaic eplb ...`, `moesaic timeline ...` and others.
 
 Knows which subcommand goes where and how errors look on a terminal; everything heavy is imported by the subcommand that
 needs it. Exit codes: 0 a clean stop, 1 a server that failed while running, 2 a start that was refused, 130 Ctrl-C
@@ -21,6 +21,8 @@ from moesaic.launch.version import version
 USAGE = """\
 usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesaic serve --help` lists the flags)
        moesaic serve --model-path demo           serve the small model that comes with moesaic
+       moesaic router [flags of sglang-router]   the router in front of servers, also of prefill and decode servers
+       moesaic pd-demo                           a prefill server, a decode server and the router, with the small model
        moesaic eplb report DUMP                  balancedness of a recorded expert load
        moesaic eplb plan DUMP                    what-if: GPUs, redundant experts, policies, intervals
        moesaic timeline TRACE...                 what ran when, and how much communication was hidden
@@ -37,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         case ["serve", *rest]:
             return _serve(rest)
+        case ["router", *rest]:
+            return _several("router", rest)
+        case ["pd-demo", *rest]:
+            return _several("pd-demo", rest)
         case ["eplb", *rest]:
             return _report("eplb", rest)
         case ["timeline", *rest]:
@@ -64,6 +70,24 @@ def _serve(arguments: list[str]) -> int:
         return 130
     except RankFailedError as error:
         print(f"moesaic serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _several(command: Literal["router", "pd-demo"], arguments: list[str]) -> int:
+    """What is there for several servers."""
+    try:
+        if command == "router":
+            from moesaic.launch.router_cli import run_router
+
+            return run_router(arguments)
+        from moesaic.launch.pd_demo import run_pd_demo
+
+        return run_pd_demo(arguments)
+    except ConfigError as error:
+        print(f"moesaic {command}: {error}", file=sys.stderr)
+        return 2
+    except RankFailedError as error:
+        print(f"moesaic {command}: {error}", file=sys.stderr)
         return 1
 
 

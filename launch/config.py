@@ -17,6 +17,7 @@ from typing import Literal
 DispatchMode = Literal["auto", "normal", "low_latency"]
 RecorderMode = Literal["stat", "per_pass", "per_token"]
 A2ABackend = Literal["none", "torch", "deepep"]
+TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -78,6 +79,14 @@ class ServerConfig:
     enable_single_batch_overlap: bool = False
     tbo_token_distribution_threshold: float = 0.48
     tbo_profile: str | None = None
+    # Prefill/decode disaggregation
+    disaggregation_mode: Literal["null", "prefill", "decode"] = "null"
+    disaggregation_transfer_backend: Literal["auto", "tcp", "nixl", "mooncake"] = "auto"
+    disaggregation_bootstrap_port: int = 8998
+    disaggregation_ib_device: str | None = None
+    disaggregation_timeout: int = 120
+    disaggregation_checksum: bool = False
+    num_reserved_decode_tokens: int = 512
     # Memory and scheduling
     mem_fraction_static: float | None = None
     max_running_requests: int | None = None
@@ -111,6 +120,7 @@ class ResolvedConfig:
     `two_batch_overlap`: from which step sizes on is measured when the ranks start, or read (`RankSpec.calibration`);
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
+    `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
     `dist_timeout` and `watchdog_timeout` are in seconds.
     """
 
@@ -131,6 +141,8 @@ class ResolvedConfig:
     single_batch_overlap: bool
     tbo_token_distribution_threshold: float
     overlap_schedule: bool
+    disaggregation_mode: Literal["null", "prefill", "decode"]
+    transfer_backend: TransferBackend
     mem_fraction_static: float
     max_running_requests_per_dp: int
     max_total_tokens: int | None

@@ -13,7 +13,9 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 
+from moesaic.launch.disaggregation.roles import render_suitability
 from moesaic.launch.engine import messages
 from moesaic.launch.overlap_report import render_profile
 from moesaic.launch.report import render_report
@@ -40,6 +42,18 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(render_topology(plan.resolution.topology, num_slots))
     console.print("resolution report")
     console.print(render_report(plan.resolution.choices))
+    if config.disaggregation_mode != "null" or config.moe_a2a_backend != "none":
+        console.print("what a dispatch mode is good for")
+        console.print(_mode_table())
+
+
+def _mode_table() -> Table:
+    """Roles and modes against long input, long output, DP attention and graphs."""
+    head, *rows = render_suitability()
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 class StartupView:

@@ -235,6 +235,41 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             metavar="FILE",
         ),
     ),
+    "prefill/decode disaggregation": (
+        _choice(
+            "--disaggregation-mode",
+            "role of this server; prefill and decode servers work behind a router (`moesaic router`)",
+            "null",
+            "prefill",
+            "decode",
+        ),
+        _choice(
+            "--disaggregation-transfer-backend",
+            "what moves KV pages; auto: tcp on CPU, nixl or mooncake on CUDA",
+            "auto",
+            "tcp",
+            "nixl",
+            "mooncake",
+        ),
+        _flag(
+            "--disaggregation-bootstrap-port",
+            "where a prefill server's ranks are found; on decode: where they are if a request doesn't say",
+            port_number,
+        ),
+        _flag("--disaggregation-ib-device", "InfiniBand devices for mooncake", metavar="NAMES"),
+        _flag(
+            "--disaggregation-timeout",
+            "deadline of a request that waits for the other side, in seconds",
+            positive_int,
+            metavar="SECONDS",
+        ),
+        _switch("--disaggregation-checksum", "decode checks every page that it has fetched"),
+        _flag(
+            "--num-reserved-decode-tokens",
+            "KV tokens that decode keeps free for each running request's growth",
+            rank_number,
+        ),
+    ),
     "memory and scheduling": (
         _flag(
             "--mem-fraction-static",
@@ -289,14 +324,6 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
     *_later("DeepEP", deepep_config=()),
-    *_later(
-        "prefill/decode disaggregation",
-        disaggregation_mode=("null",),
-        disaggregation_transfer_backend=(),
-        disaggregation_bootstrap_port=("8998",),
-        disaggregation_ib_device=(),
-        num_reserved_decode_tokens=("512",),
-    ),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
     *_later("CUDA graphs", cuda_graph_max_bs=(), cuda_graph_bs=()),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),

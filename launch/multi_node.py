@@ -82,6 +82,7 @@ def rank_specs(plan: Plan, endpoints: Endpoints) -> list[RankSpec]:
             slots=plan.experts.slots,
             rebalance=plan.experts.rebalance,
             thresholds=plan.overlap.thresholds,
+            role=plan.role,
         )
         for rank in topology.ranks_of_node(plan.config.node_rank)
     ]

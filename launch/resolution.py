@@ -15,13 +15,15 @@ from typing import Literal
 from moesaic.kernels.native.build import SWITCH_VARIABLE
 from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
-from moesaic.launch.dispatch_limits import dispatch_conflicts
+from moesaic.launch.disaggregation.roles import role_mode
+from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.model_rules import model_conflicts
 from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
+from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
 from moesaic.launch.topology import ModelShape, Topology
 
 NOT_BUILT = "not built yet"
@@ -45,13 +47,14 @@ class Resolution:
 
 def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Resolution:
     """Check the layout, settle every choice, check again what depends on the settled sizes, and apply `--strict`."""
-    refuse([*layout_conflicts(config), *overlap_conflicts(config)])
+    refuse([*layout_conflicts(config), *overlap_conflicts(config), *role_flag_conflicts(config)])
     refuse(model_conflicts(config, shape))
     topology = Topology.from_config(config)
     device, device_choice = _resolve_device(config, topology, hardware)
     dtype, dtype_choice = _resolve_dtype(config, device)
     quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
     mode, mode_choice = _resolve_dispatch(config)
+    transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
         model_path=config.model_path,
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
@@ -70,10 +73,12 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         single_batch_overlap=config.enable_single_batch_overlap,
         tbo_token_distribution_threshold=config.tbo_token_distribution_threshold,
         overlap_schedule=_schedule_overlaps(config, device),
+        disaggregation_mode=config.disaggregation_mode,
+        transfer_backend=transfer_backend,
         mem_fraction_static=config.mem_fraction_static or MEM_FRACTION[device],
         max_running_requests_per_dp=_running_requests_per_dp(config, mode),
         max_total_tokens=config.max_total_tokens,
-        chunked_prefill_tokens_per_dp=_chunk_tokens_per_dp(config, shape, device),
+        chunked_prefill_tokens_per_dp=_chunk_tokens_per_dp(config, shape, device, topology),
         recorder_mode=config.expert_distribution_recorder_mode,
         recorder_buffer_size=config.expert_distribution_recorder_buffer_size,
         page_size=config.page_size or PAGE_SIZE[device],
@@ -99,6 +104,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         _prefix_cache_choice(config),
         _graph_choice(config, device),
         _overlap_choice(config, device),
+        *role_choices,
     )
     if config.strict:
         refuse_downgrades(choices)
@@ -157,9 +163,10 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
         raise ConfigError(f"--moe-a2a-backend deepep: {NOT_BUILT}; use --moe-a2a-backend torch")
     if config.moe_a2a_backend == "none":
         # The low-latency layout would fix sizes for a communication that has none to save: only on explicit demand.
-        mode: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
+        unified: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
+        mode = role_mode(config.disaggregation_mode, unified)
         return mode, Choice(capability="dispatch", chosen=f"none (all-gather, all-reduce), mode {mode}")
-    mode = config.deepep_mode
+    mode = role_mode(config.disaggregation_mode, config.deepep_mode)
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
     refused = (("deepep", NOT_BUILT),)
     return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
@@ -236,8 +243,15 @@ def _running_requests_per_dp(config: ServerConfig, mode: DispatchMode) -> int:
     return LOW_LATENCY_RUNNING_REQUESTS_PER_DP if mode == "low_latency" else MAX_RUNNING_REQUESTS_PER_DP
 
 
-def _chunk_tokens_per_dp(config: ServerConfig, shape: ModelShape, device: DeviceName) -> int:
-    """Prompt tokens that a DP rank takes into one step. -1 turns chunking off: a chunk may be as long as a prompt can be."""
+def _chunk_tokens_per_dp(config: ServerConfig, shape: ModelShape, device: DeviceName, topology: Topology) -> int:
+    """Prompt tokens that a DP rank takes into one step. -1 turns chunking off: a chunk may be as long as a prompt can be.
+
+    A decode instance computes prompts only for requests that it has sent back: what fits the low-latency layout beside running
+    ones.
+    """
+    if config.disaggregation_mode == "decode" and config.chunked_prefill_size is None:
+        cap = tokens_cap_per_dp(config.deepep_max_dispatch_tokens_per_rank, config.moe_a2a_backend, topology)
+        return max(1, cap - _running_requests_per_dp(config, "low_latency"))
     if config.chunked_prefill_size == -1:
         return _context_length(config, shape)
     chunk = CHUNKED_PREFILL_TOKENS_PER_DP[device]

@@ -21,6 +21,7 @@ from rich.console import Console
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
 from moesaic.launch.console import StartupView, make_console, show_plan, show_ready
+from moesaic.launch.disaggregation.bootstrap import BootstrapServer
 from moesaic.launch.endpoints import Endpoints, plan_endpoints
 from moesaic.launch.errors import ConfigError, RankFailedError
 from moesaic.launch.http.client import RankClient
@@ -54,7 +55,7 @@ def serve(config: ServerConfig) -> int:
         show_plan(console, plan)
         if config.nnodes > 1:
             console.print(f"meeting {config.nnodes} nodes at {config.dist_init_addr}", highlight=False)
-        with plan_endpoints(config) as endpoints, watched_nodes(plan) as watch:
+        with _bootstrap_server(config), plan_endpoints(config) as endpoints, watched_nodes(plan) as watch:
             workers = WorkerGroup(rank_specs(plan, endpoints))
             if config.node_rank > 0:
                 assert watch is not None
@@ -69,6 +70,18 @@ def _bind(config: ServerConfig) -> socket.socket:
         return bind(config.host, config.port)
     except OSError as error:
         raise ConfigError(f"--host {config.host} --port {config.port}: {error}; choose another --port") from None
+
+
+def _bootstrap_server(config: ServerConfig) -> contextlib.AbstractContextManager[object]:
+    """Of a prefill instance, on node 0: where its ranks register and decode ranks ask for them."""
+    if config.disaggregation_mode != "prefill" or config.node_rank > 0:
+        return contextlib.nullcontext()
+    host = config.host if config.nnodes == 1 else "0.0.0.0"
+    try:
+        return BootstrapServer(host, config.disaggregation_bootstrap_port)
+    except OSError as error:
+        port = config.disaggregation_bootstrap_port
+        raise ConfigError(f"--disaggregation-bootstrap-port {port}: {error}; choose another one") from None
 
 
 def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
@@ -99,6 +112,8 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         server_args={name: value for name, value in asdict(config).items() if name != "api_key"},
         resolution=tuple(report_rows(plan.resolution.choices)),
         version=version(),
+        role=config.disaggregation_mode,
+        bootstrap_port=config.disaggregation_bootstrap_port,
         log_level=config.log_level,
         watchdog_timeout=resolved.watchdog_timeout,
     )

@@ -15,12 +15,14 @@ from pathlib import Path
 from moesaic.launch.args import resolve_model_path
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
+from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
 from moesaic.launch.hardware import detect_hardware
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
 from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
+from moesaic.launch.role_plan import plan_role
 from moesaic.launch.topology import ModelShape
 from moesaic.launch.version import version
 
@@ -37,7 +39,9 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will run. `eos_token_ids` and `default_sampling` also come from generation_config.json."""
+    """What will run. `role`: of a prefill or decode instance. `eos_token_ids` and `default_sampling` also come from
+    generation_config.json.
+    """
 
     config: ServerConfig
     model: ModelConfig
@@ -45,6 +49,7 @@ class Plan:
     resolution: Resolution
     experts: ExpertPlan
     overlap: OverlapPlan
+    role: RoleSpec | None
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, object]
 
@@ -75,6 +80,7 @@ def make_plan(config: ServerConfig) -> Plan:
         resolution=resolution,
         experts=experts,
         overlap=overlap,
+        role=plan_role(config, resolution.config),
         eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
         default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from moesaic.launch.engine.rank_spec import RankSpec
 
-ENTRY = "moesaic.launch.engine.rank_process:run_rank"
+ENTRY = "moesaic.launch.rank_entry:run"
 POLL_SECONDS = 0.05
 TERMINATE_SECONDS = 2.0
 # Above any tensor: glibc otherwise maps and unmaps big CPU tensors on each allocation, and every page faults anew.

@@ -22,6 +22,10 @@ class BootstrapError(ConnectionError):
     """The bootstrap server can't be reached, or can't answer yet. Names the server."""
 
 
+class BootstrapUnreachableError(BootstrapError):
+    """Nobody answers there: a server that is starting, or is gone."""
+
+
 def register_rank(address: str, rank: Registration, seconds: float = 60.0) -> None:
     """Register with the bootstrap server at `host:port`, which may still be starting.
 
@@ -62,6 +66,8 @@ def _request(address: str, method: str, path: str, body: bytes | None = None) ->
         answer = connection.getresponse()
         return answer.status, answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise BootstrapError(f"the bootstrap server at {address} can't be reached: {error or type(error).__name__}") from error
+        raise BootstrapUnreachableError(
+            f"the bootstrap server at {address} can't be reached: {error or type(error).__name__}"
+        ) from error
     finally:
         connection.close()

@@ -1,7 +1,8 @@
 """What a decode rank knows of prefill instances: their layouts and its connections to their ranks, made when a room needs them.
 
-Runs in the transfer thread. An instance that can't be reached is tried again until the room's deadline; a lost connection makes the
-instance's layout be asked for anew, so a restarted one is found again. Knows no pages.
+Runs in the transfer thread. An instance that can't be reached is tried again for a moment, one whose ranks have not all registered
+until the room's deadline; a lost connection makes the instance's layout be asked for anew, so a restarted one is found again. Knows
+no pages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from moesaic.launch.disaggregation.bootstrap import PrefillTopology, RankAddress
-from moesaic.launch.disaggregation.bootstrap_client import BootstrapError, fetch_topology
+from moesaic.launch.disaggregation.bootstrap_client import BootstrapError, BootstrapUnreachableError, fetch_topology
 from moesaic.launch.disaggregation.layout import prefill_dp_rank, source_ranks
 from moesaic.launch.disaggregation.link import Link, LinkError
 from moesaic.launch.disaggregation.loop_thread import LoopThread
@@ -33,6 +34,8 @@ from moesaic.launch.disaggregation.transfer import Backend
 
 RETRY_S = 0.1
 CONNECT_S = 3.0
+UNREACHABLE_S = 2.0
+"""Whoever sent the request has just seen the instance alive: one that can't be reached for so long is gone."""
 
 
 @dataclass(eq=False)
@@ -91,8 +94,8 @@ class PrefillDirectory:
         """By bootstrap address: why its instance could not be reached when it was last tried."""
 
     async def route(self, address: str, room: int, dp_rank: int | None, seconds: float) -> Route:
-        """The connected sources of a room. Raises TransferError when the instance refuses or is not reached within `seconds`."""
-        deadline = time.monotonic() + seconds
+        """The connected sources of a room. Raises TransferError when the instance refuses, is gone, or not ready in `seconds`."""
+        began = time.monotonic()
         while True:
             try:
                 route = await self._try_route(address, room, dp_rank)
@@ -103,8 +106,10 @@ class PrefillDirectory:
             except (BootstrapError, LinkError, OSError) as error:
                 self.problems[address] = str(error)
                 self._topologies.pop(address, None)
-                if time.monotonic() + RETRY_S > deadline:
-                    raise TransferError("lost", f"{error}; tried for {seconds:g} s") from error
+                starting = isinstance(error, BootstrapError) and not isinstance(error, BootstrapUnreachableError)
+                patience = seconds if starting else min(seconds, UNREACHABLE_S)
+                if time.monotonic() + RETRY_S > began + patience:
+                    raise TransferError("lost", f"{error}; tried for {patience:g} s") from error
             await asyncio.sleep(RETRY_S)
 
     async def _try_route(self, address: str, room: int, dp_rank: int | None) -> Route:

@@ -5,6 +5,7 @@ Knows no sockets and no memory. The control messages travel between one decode r
     decode                         prefill
     Hello (who, layout)       ->
                               <-   Welcome (who, layout, how to read its memory) | Refused
+    Expect (room)             ->
     Open (room)               ->
                               <-   Pages (the next complete pages), as often as there are chunks
                               <-   Last (number of pages, first token and what rides along)
@@ -24,10 +25,10 @@ from typing import Literal
 
 import msgspec
 
+from moesaic.launch.engine import messages
+
 PROTOCOL_VERSION = 1
-MAX_ROOM = (1 << 63) - 1
-WARMUP_HOST = "2.2.2.2"
-"""A `bootstrap_host` that no prefill instance has: SGLang's mark of a warm-up request, whose transfer is not made."""
+MAX_ROOM, WARMUP_HOST = messages.MAX_ROOM, messages.WARMUP_HOST
 
 
 class TransferState(IntEnum):
@@ -144,6 +145,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     layout: KVLayout
 
 
+class Expect(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
+    """This decode rank has the request and will open the room once it has pages for it. If the rank dies, so does the room."""
+
+    room: int
+
+
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
     """This decode rank has pages for the room. `num_receivers`: decode ranks that open it on this prefill rank, `receiver` the
     attention-TP rank of this one. `first_index`: pages before it are on decode already. `checksum`: send checksums of the pages.
@@ -221,7 +228,7 @@ class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
     """A sign of life, sent while there is nothing else to say."""
 
 
-ToPrefill = Hello | Open | Done | Abort | Ping
+ToPrefill = Hello | Expect | Open | Done | Abort | Ping
 ToDecode = Welcome | Refused | Pages | Last | Closed | Abort | Ping
 ControlMessage = ToPrefill | ToDecode
 

@@ -25,6 +25,7 @@ from moesaic.launch.disaggregation.protocol import (
     ControlMessage,
     Deadlines,
     Done,
+    Expect,
     FailureKind,
     Last,
     Open,
@@ -275,10 +276,15 @@ class ReceiverRoom:
             return
         if not self._progress.ended:
             self._connected(route)
+            return
+        for source in route.sources:  # it was given up meanwhile, and prefill still waits for it
+            source.link.send(Abort(room=self.room, kind="aborted", reason=str(self.failure)))
 
     def _connected(self, route: Route) -> None:
         self._streams = {source: _Stream(source, index) for index, source in enumerate(route.sources)}
         self._num_receivers = route.num_receivers
+        for stream in self._streams.values():
+            stream.source.link.send(Expect(room=self.room))
         self._progress.advance(TransferState.WAITING)
         if self._targets is not None:
             self._open()
@@ -390,7 +396,8 @@ class ReceiverRoom:
         if self._progress.ended:
             return
         self._progress.fail(kind, why)
-        if self._search is not None and self._search is not asyncio.current_task():
+        # A search goes on for a room that was given up: prefill is to hear of it.
+        if self._search is not None and self._search is not asyncio.current_task() and kind != "aborted":
             self._search.cancel()
         for stream in self._streams.values():
             if not stream.closed:

@@ -25,6 +25,7 @@ from moesaic.launch.disaggregation.protocol import (
     ControlMessage,
     Deadlines,
     Done,
+    Expect,
     FailureKind,
     Hello,
     KVLayout,
@@ -69,7 +70,7 @@ class _Early:
     """What a decode rank has said of a room before the request was here."""
 
     rank: _DecodeRank
-    message: Open | Abort
+    message: Expect | Open | Abort
     since: float
 
 
@@ -163,7 +164,7 @@ class PrefillTransfer:
         return _DecodeRank(link, message.instance)
 
     def _handle(self, decode_rank: _DecodeRank, message: ControlMessage) -> None:
-        if isinstance(message, Open | Done | Abort):
+        if isinstance(message, Expect | Open | Done | Abort):
             room = self._rooms.get(message.room)
             if room is not None:
                 room.handle(decode_rank, message)
@@ -172,11 +173,11 @@ class PrefillTransfer:
         else:
             raise LinkError(f"{decode_rank.link.peer} sent {type(message).__name__}, which decode ranks don't send")
 
-    def _handle_early(self, decode_rank: _DecodeRank, message: Open | Abort) -> None:
+    def _handle_early(self, decode_rank: _DecodeRank, message: Expect | Open | Abort) -> None:
         end = self.book.end_of(message.room)
         if end is None:
             self._early.setdefault(message.room, []).append(_Early(decode_rank, message, time.monotonic()))
-        elif isinstance(message, Open):
+        elif not isinstance(message, Abort):
             refuse(decode_rank.link, message.room, f"the room has ended: {end}")
 
     def _forget_early(self, decode_rank: _DecodeRank, room: int) -> None:
@@ -206,7 +207,7 @@ class PrefillTransfer:
                 if early[0].since < horizon:
                     del self._early[number]
                     for one in early:
-                        if isinstance(one.message, Open):
+                        if not isinstance(one.message, Abort):
                             refuse(one.rank.link, number, f"{self.owner}: the request has not come here", "deadline")
 
     def remove(self, room: SenderRoom) -> None:
@@ -222,6 +223,7 @@ class SenderRoom:
         self.room = room
         self._owner = owner
         self._progress = RoomProgress(room, owner.owner)
+        self._expected: list[_DecodeRank] = []
         self._readers: dict[int, _Reader] = {}
         self._num_readers = 0
         self._pages: list[Pages] = []
@@ -252,11 +254,13 @@ class SenderRoom:
 
     # The transfer thread
 
-    def handle(self, decode_rank: _DecodeRank, message: Open | Done | Abort) -> None:
+    def handle(self, decode_rank: _DecodeRank, message: Expect | Open | Done | Abort) -> None:
         """What a decode rank says of the room. Nothing is heard from one that is not, or no more, part of it."""
         reader = next((reader for reader in self._readers.values() if reader.rank is decode_rank and not reader.done), None)
         if isinstance(message, Open):
             self._open(decode_rank, message)
+        elif isinstance(message, Expect):
+            self._expect(decode_rank)
         elif isinstance(message, Done):
             if reader is not None:
                 self._reader_done(reader)
@@ -265,12 +269,23 @@ class SenderRoom:
                 reader.done = True  # it has ended the room itself
             self._fail(message.kind, f"{decode_rank.link.peer} has given it up: {message.reason}")
 
+    def _expect(self, decode_rank: _DecodeRank) -> None:
+        """A decode rank will open the room, unless another instance has it: that one goes on."""
+        others = [*self._expected, *(reader.rank for reader in self._readers.values())]
+        rival = next((other for other in others if other.instance != decode_rank.instance), None)
+        if rival is None:
+            self._expected.append(decode_rank)
+        else:
+            refuse(decode_rank.link, self.room, f"{self._owner.owner}: the room is in use by {rival.link.peer}")
+
     def _open(self, decode_rank: _DecodeRank, message: Open) -> None:
         """A decode rank has its pages ready. One that may not open the room is refused; the others go on."""
         refusal = self._refusal(decode_rank, message)
         if refusal is not None:
             refuse(decode_rank.link, self.room, f"{self._owner.owner}: {refusal}")
             return
+        if decode_rank in self._expected:
+            self._expected.remove(decode_rank)
         reader = _Reader(decode_rank, message.checksum)
         self._readers[message.receiver] = reader
         self._num_readers = message.num_receivers
@@ -295,7 +310,8 @@ class SenderRoom:
 
     def lost(self, decode_rank: _DecodeRank, reason: str) -> None:
         """The connection to a decode rank is over."""
-        if any(reader.rank is decode_rank and not reader.done for reader in self._readers.values()):
+        reads = any(reader.rank is decode_rank and not reader.done for reader in self._readers.values())
+        if reads or decode_rank in self._expected:
             self._fail("lost", reason)
 
     def check_deadline(self) -> None:
@@ -359,6 +375,8 @@ class SenderRoom:
         for reader in self._readers.values():
             if not reader.done:
                 refuse(reader.rank.link, self.room, str(self.failure), kind)
+        for decode_rank in self._expected:
+            refuse(decode_rank.link, self.room, str(self.failure), kind)
         self._owner.remove(self)
 
 

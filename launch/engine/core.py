@@ -29,6 +29,7 @@ from moesaic.launch.engine.profiling import Profiling
 from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.results import Results
+from moesaic.launch.engine.rooms import Rooms
 from moesaic.launch.engine.sampling_rows import sampling_rows
 from moesaic.launch.engine.scheduler import Scheduler
 from moesaic.launch.engine.step import HeaderExchange, Step, StepHeader, StepRules, resolve_step
@@ -73,12 +74,13 @@ class RankEngine:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.results = results
         self.activity = activity
+        self._rooms: Rooms | None = None
         self._rules = rules
         self._exchange = exchange
         self._recording = recording
         self._pipeline = pipeline
-        self._results = results
         self._controls = controls
         self._profiling = profiling
         self._rebalancing = rebalancing
@@ -86,19 +88,34 @@ class RankEngine:
         if self._manager is not None:
             activity.rebalance_status = self._manager.status
         self._overlaps = overlap_schedule
+        first = runner.parallel.dp_rank * rules.attn_tp_size
+        self._group = slice(first, first + rules.attn_tp_size)
         self._device = torch.device(runner.config.device)
         self._commands: deque[Control] = deque()
+
+    def attach(self, rooms: Rooms) -> None:
+        """From now on this is an instance with a role. Before the first step."""
+        self._rooms = self.results.rooms = rooms
 
     def apply(self, message: RequestMessage) -> None:
         """Take in a request or an abort. A request that can never run is answered with an abort that says why."""
         if isinstance(message, AbortRequest):
-            if self.scheduler.remove(message.rid) is not None and not message.finish:
-                self._results.abort(message.rid)
+            self._abort(message)
             return
         try:
-            self.scheduler.add(message)
+            if self._rooms is None:
+                self.scheduler.add(message)
+            else:
+                self._rooms.take(message)
         except ValueError as error:
-            self._results.abort(message.rid, str(error))
+            self.results.abort(message.rid, str(error))
+
+    def _abort(self, message: AbortRequest) -> None:
+        found = self._rooms is not None and self._rooms.abort(message.rid)
+        if not found:
+            found = self.scheduler.remove(message.rid) is not None
+        if found and not message.finish:
+            self.results.abort(message.rid)
 
     def control(self, command: Control) -> None:
         """Queue a command; it is carried out in the step in which every rank has it."""
@@ -121,22 +138,26 @@ class RankEngine:
             self._pipeline.launch(*self._job(plan, step))
         replies = self._carry_out() if step.control else []
         self._pipeline.collect(leave=1 if self._leaves_under_way(step) else 0)
-        outputs, rids, tokens = self._results.take()
+        if self._rooms is not None:
+            self._rooms.settle([header.rooms for header in headers[self._group]])
+        outputs, rids, tokens = self.results.take()
         return StepResult(step=step, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
 
     def load(self, dp_rank: int) -> LoadReport:
         """The scheduler's state now."""
-        scheduler = self.scheduler
+        scheduler, rooms = self.scheduler, self._rooms
+        num_unplaced, unplaced_tokens = (0, 0) if rooms is None else rooms.num_unplaced()
         return LoadReport(
             dp_rank=dp_rank,
             num_running_reqs=scheduler.num_running,
-            num_waiting_reqs=scheduler.num_waiting,
+            num_waiting_reqs=scheduler.num_waiting + num_unplaced,
             num_used_tokens=scheduler.num_used_tokens,
             max_total_num_tokens=scheduler.capacity_tokens,
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            gen_throughput=self._results.throughput.tokens_per_s(),
+            num_waiting_tokens=scheduler.num_waiting_tokens + unplaced_tokens,
+            gen_throughput=self.results.throughput.tokens_per_s(),
             cache_hit_rate=scheduler.cache.counters.hit_rate,
             num_retracted_reqs=scheduler.num_retracted,
+            rooms=None if rooms is None else rooms.load(),
         )
 
     def close(self) -> None:
@@ -168,9 +189,15 @@ class RankEngine:
             first_logits=proposal.first_logits,
             control=self._commands[0].control_id if self._commands else 0,
             rebalance=0 if manager is None else manager.word(),
-            has_work=self.scheduler.has_work() or bool(self._pipeline) or (manager is not None and manager.busy),
+            rooms=0 if self._rooms is None else self._rooms.word(),
+            has_work=self._has_work(),
             stop=self._controls.stop,
         )
+
+    def _has_work(self) -> bool:
+        rooms, manager = self._rooms, self._manager
+        open_rooms = rooms is not None and rooms.num_open > 0
+        return self.scheduler.has_work() or bool(self._pipeline) or open_rooms or (manager is not None and manager.busy)
 
     def _carry_out(self) -> list[ControlReply]:
         self._pipeline.collect()
@@ -191,6 +218,7 @@ class RankEngine:
         )
         prompt_logprobs = wanted_of_prompts(plan, device)
         launch = self.scheduler.launch(plan)
+        known_slots, known_tokens = self.scheduler.take_known_tokens()
         mode: ForwardMode = "prefill" if step.extends else "decode"
         job = StepJob(
             step=self.activity.step,
@@ -200,6 +228,8 @@ class RankEngine:
             split=self._split(inputs, step),
             decode_slots=torch.from_numpy(plan.decode_slots).to(device),
             sampled_slots=torch.from_numpy(launch.slots).to(device),
+            known_slots=torch.from_numpy(known_slots).to(device),
+            known_tokens=torch.from_numpy(known_tokens).to(device),
             sampling=sampling_rows(launch.slots, launch.positions, table, device),
             sampled_logprobs=wanted_of_sampled(launch.slots, table),
             prompt_logprobs=prompt_logprobs,

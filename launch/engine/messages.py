@@ -20,6 +20,10 @@ from moesaic.overlap import calibration
 RebalanceStatus = eplb_status.RebalanceStatus
 """The state of a rank's rebalance manager, for health and metrics."""
 
+MAX_ROOM = (1 << 63) - 1
+WARMUP_HOST = "2.2.2.2"
+"""A `bootstrap_host` that no prefill instance has: SGLang's mark of a warm-up request, whose transfer is not made."""
+
 OverlapProfile = calibration.Profile
 """Timings of straight and split steps, and the thresholds that follow from them."""
 
@@ -44,8 +48,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, tag=False, omit_
     stop_token_ids: tuple[int, ...] = ()
 
 
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the prefill and the decode of a request meet: the prefill instance's bootstrap server, and a room in [0, 2^63).
+
+    `prefill_dp_rank`: the DP rank that prefills; None: room % dp_size.
+    """
+
+    host: str
+    port: int
+    room: int
+    prefill_dp_rank: int | None = None
+
+
+WARMUP = Bootstrap(host=WARMUP_HOST, port=0, room=0)
+"""Of a request that is to run on an instance with a role without another instance."""
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate", omit_defaults=True):
-    """One sequence to generate. `logprob_start_len` -1: no prompt logprobs; else from that prompt position on."""
+    """One sequence to generate. `logprob_start_len` -1: no prompt logprobs; else from that prompt position on.
+
+    `bootstrap`: given on instances with a role, and only there.
+    """
 
     rid: int
     input_ids: tuple[int, ...]
@@ -54,6 +77,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate",
     return_logprob: bool = False
     top_logprobs_num: int = 0
     logprob_start_len: int = -1
+    bootstrap: Bootstrap | None = None
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -103,13 +127,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     top: list[tuple[int, float]] = []
 
 
+TransferFailure = Literal["", "room", "aborted", "deadline", "lost", "refused", "corrupt"]
+"""How a request failed between two instances; "": not there. room: its room is or was in use. The others as in disaggregation."""
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one step adds to one request.
 
     `finish_reason`: None while running; "stop" (`matched` holds the token id, which is not part of the text), "length", "abort".
     `prompt_logprobs` comes once, with the first output. `cached_tokens` is the prompt's prefix-cache hit in tokens.
-    `queue_seconds`, with the first output: how long the request waited before it was admitted.
-    `failed`, with "abort": not the request is at fault but the step that ran it; `message` says what happened.
+    `queue_seconds`, with the first output: how long the request waited before it was admitted. `failed`, with "abort": not the
+    request is at fault but the step that ran it, or, as `transfer_failure` says, its way from prefill to decode; `message` says
+    what happened.
     """
 
     rid: int
@@ -122,10 +151,28 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     queue_seconds: float | None = None
     failed: bool = False
+    transfer_failure: TransferFailure = ""
+
+
+class RoomLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Requests of a DP rank by the queue of disaggregation they are in, and what has become of those before.
+
+    prefill: bootstrap (no decode instance has opened the room yet), inflight (computed, pages held for decode). decode: prealloc
+    (no pages yet), transfer. num_failed: since the start. Of the last transfers: speed in GB/s and latency in ms, 0 before the
+    first.
+    """
+
+    num_bootstrap: int = 0
+    num_inflight: int = 0
+    num_prealloc: int = 0
+    num_transfer: int = 0
+    num_failed: int = 0
+    speed_gb_s: float = 0.0
+    latency_ms: float = 0.0
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of one DP rank's scheduler after a step."""
+    """The state of one DP rank's scheduler after a step. `rooms`: on instances with a role."""
 
     dp_rank: int
     num_running_reqs: int
@@ -136,6 +183,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     gen_throughput: float
     cache_hit_rate: float
     num_retracted_reqs: int
+    rooms: RoomLoad | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs", omit_defaults=True):

@@ -112,6 +112,11 @@ class ModelRunner:
             device=torch.device(self.config.device),
         )
 
+    def kv_pages(self) -> list[Tensor]:
+        """Each layer's KV as [num_pages, elements of a page], for those who move pages."""
+        assert self._pool is not None, "allocate_kv comes first"
+        return [self._pool.pages(layer) for layer in range(self.model_config.num_hidden_layers)]
+
     def clear_pages(self, pages: Tensor) -> None:
         """Zero the KV of these pages, int64 [P]."""
         assert self._pool is not None, "allocate_kv comes first"

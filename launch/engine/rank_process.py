@@ -19,17 +19,22 @@ import zmq
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.core import RankEngine, RequestMessage, StepResult
 from moesaic.launch.engine.inbox import Inbox
-from moesaic.launch.engine.messages import FromRank, Heartbeat, RankError, StepOutputs, encoder
+from moesaic.launch.engine.messages import FromRank, Heartbeat, LoadReport, RankError, StepOutputs, encoder
 from moesaic.launch.engine.rank_spec import RankSpec
-from moesaic.launch.engine.rank_startup import RankStartup
+from moesaic.launch.engine.rank_startup import AttachRooms, RankStartup
 
 HEARTBEAT_S = 1.0
 IDLE_POLL_S = 1.0
+ROOM_POLL_S = 0.001
+"""Between two steps that run nothing, while only transfers are under way."""
 LINGER_MS = 2000
 
 
-def run_rank(spec: RankSpec) -> None:
-    """Entry point of a rank process; returns after a clean stop, exits with status 1 after an error."""
+def run_rank(spec: RankSpec, attach: AttachRooms | None = None) -> None:
+    """Entry point of a rank process; returns after a clean stop, exits with status 1 after an error.
+
+    `attach`: makes the rooms of an instance with a role.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = f"%(asctime)s %(levelname)s rank {spec.place.rank} %(name)s: %(message)s"
     logging.basicConfig(level=spec.config.log_level.upper(), format=line)
@@ -38,7 +43,7 @@ def run_rank(spec: RankSpec) -> None:
     outbox = Outbox(spec.from_rank_endpoint)
     _start_heartbeat(spec, activity)
     try:
-        RankProcess(spec, context, outbox, activity).run()
+        RankProcess(spec, context, outbox, activity).run(attach)
     except Exception as error:
         message = f"{activity.describe()}: {error}"
         print(message, file=sys.stderr, flush=True)
@@ -94,14 +99,15 @@ class RankProcess:
         self._spec = spec
         self._outbox = outbox
         self._activity = activity
+        self._last_load: LoadReport | None = None
         socket = context.socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.connect(spec.to_rank_endpoint)
         self._inbox = Inbox(socket)
 
-    def run(self) -> None:
+    def run(self, attach: AttachRooms | None = None) -> None:
         """Start up, say so, and step until a shutdown command."""
-        engine = RankStartup(self._spec, self._activity, self._outbox.send).run()
+        engine = RankStartup(self._spec, self._activity, self._outbox.send, attach).run()
         self._activity.enter("idle")
         announced: list[RequestMessage] = []
         while True:
@@ -117,6 +123,8 @@ class RankProcess:
             if result.step.quiet:
                 self._activity.enter("idle")
                 self._inbox.wait(IDLE_POLL_S)
+            elif result.step.idle and self._spec.role is not None:
+                self._inbox.wait(ROOM_POLL_S)
 
     def _announce(self, engine: RankEngine) -> list[RequestMessage]:
         """Requests for the next step: a DP group of one rank takes them at once, a leader tells its group first."""
@@ -139,15 +147,12 @@ class RankProcess:
         if not self._spec.place.is_leader:
             return
         dp_rank = self._spec.place.dp_rank
-        if result.outputs or not result.step.quiet:
-            self._outbox.send(
-                StepOutputs(
-                    dp_rank=dp_rank,
-                    outputs=result.outputs,
-                    rids=result.rids,
-                    tokens=result.tokens,
-                    load=engine.load(dp_rank),
-                )
-            )
+        load = engine.load(dp_rank)
+        # Steps that only wait for transfers are many: they have news when the load is another one.
+        waits = result.step.idle and self._spec.role is not None
+        if result.outputs or result.rids or (not result.step.quiet and not (waits and load == self._last_load)):
+            outputs = StepOutputs(dp_rank=dp_rank, outputs=result.outputs, rids=result.rids, tokens=result.tokens, load=load)
+            self._outbox.send(outputs)
+            self._last_load = load
         for reply in result.replies:
             self._outbox.send(reply)

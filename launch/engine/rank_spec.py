@@ -7,6 +7,7 @@ process to this rank's own `to_rank_endpoint` (the rank PULLs), PUSH from every 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.launch.config import ResolvedConfig
@@ -31,9 +32,28 @@ class ThresholdSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """What a rank of a prefill or decode instance is told. `instance`: unique per start of a server. `host`: where others reach
+    this machine. `bootstrap_address`: host:port of the prefill instance's own bootstrap server, "" on decode. `timeout_s`: the
+    longest that a room may wait for the other side. `checksum`: decode checks every page that it has fetched.
+    """
+
+    role: Literal["prefill", "decode"]
+    instance: str
+    model_id: str
+    host: str
+    backend: Literal["tcp", "nixl", "mooncake"]
+    bootstrap_address: str = ""
+    ib_device: str = ""
+    num_reserved_decode_tokens: int = 0
+    timeout_s: float = 120.0
+    checksum: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankSpec:
     """`dist_init_method` is `file://path` or `tcp://host:port` (rank 0 hosts the store) for torch.distributed; deadline
-    `config.dist_timeout`. `thresholds` is given where `config.two_batch_overlap` is on.
+    `config.dist_timeout`. `thresholds` is given where `config.two_batch_overlap` is on, `role` on a prefill or decode instance.
     """
 
     config: ResolvedConfig
@@ -45,3 +65,4 @@ class RankSpec:
     slots: SlotOptions = field(default_factory=SlotOptions)
     rebalance: RebalanceSettings | None = None
     thresholds: ThresholdSource | None = None
+    role: RoleSpec | None = None

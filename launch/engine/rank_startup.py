@@ -31,6 +31,7 @@ from moesaic.launch.engine.process_groups import (
 )
 from moesaic.launch.engine.rank_spec import RankSpec
 from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.rooms import Rooms
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import StepRules
 from moesaic.launch.models.config import load_model_config
@@ -39,6 +40,8 @@ from moesaic.launch.models.parallel import ParallelContext
 logger = logging.getLogger(__name__)
 
 Send = Callable[[Progress | Ready], None]
+AttachRooms = Callable[[RankSpec, RankEngine], Rooms]
+"""Collective, as the start-up is."""
 
 
 def _tell_of_kernels(device: str) -> None:
@@ -74,12 +77,13 @@ class PhaseTimer:
 
 
 class RankStartup:
-    """Start-up of one rank; `send` takes what the HTTP process is to hear of it."""
+    """Start-up of one rank; `send` takes what the HTTP process is to hear of it. `attach`: of an instance with a role."""
 
-    def __init__(self, spec: RankSpec, activity: Activity, send: Send) -> None:
+    def __init__(self, spec: RankSpec, activity: Activity, send: Send, attach: AttachRooms | None = None) -> None:
         self._spec = spec
         self._activity = activity
         self._send = send
+        self._attach = attach
 
     def run(self) -> RankEngine:
         """Collective."""
@@ -95,6 +99,10 @@ class RankStartup:
         runner.allocate_kv(num_pages)
         sizes = self._scheduler_sizes(num_pages)
         rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
+        engine = assemble_engine(self._settings(sizes, rules), runner, self._activity, groups)
+        if self._attach is not None and spec.role is not None:
+            phases.enter("get ready for transfers")
+            engine.attach(self._attach(spec, engine))
         phases.leave()
         self._send(
             Ready(
@@ -106,14 +114,17 @@ class RankStartup:
                 overlap_profile=profile,
             )
         )
-        settings = EngineSettings(
+        return engine
+
+    def _settings(self, sizes: SchedulerConfig, rules: StepRules) -> EngineSettings:
+        config = self._spec.config
+        return EngineSettings(
             scheduler=sizes,
             rules=rules,
             recording=RecordingSettings(mode=config.recorder_mode, buffer_size=config.recorder_buffer_size),
-            rebalance=spec.rebalance,
+            rebalance=self._spec.rebalance,
             overlap_schedule=config.overlap_schedule,
         )
-        return assemble_engine(settings, runner, self._activity, groups)
 
     def _join(self) -> tuple[ParallelContext, EngineGroups]:
         spec, config = self._spec, self._spec.config
@@ -191,6 +202,7 @@ class RankStartup:
             chunk_tokens=config.chunked_prefill_tokens_per_dp,
             policy=config.schedule_policy,
             prefix_cache=config.enable_prefix_cache,
+            growth_tokens=0 if self._spec.role is None else self._spec.role.num_reserved_decode_tokens,
         )
 
     def _step_rules(self) -> StepRules:

@@ -9,10 +9,10 @@ sampled row gives a token), `settle_*` bring the values in. A sequence whose lau
 again.
 
 Memory: a prompt's pages are allocated when it is admitted, decode pages one by one. Admission leaves room for the growth of running
-sequences, estimated as a share (`reserve_ratio`) of what they may still generate; when the estimate was too low, the sequence that
-would go last is retracted (its pages stay cached, it waits again, nothing is lost) and the share is raised. Pages enter the prefix
-cache when the results of their forward are in. A page that is freed while a launched forward still uses it may be given away at
-once: forwards run in the order of their launch.
+sequences (`growth.py`); when the estimate was too low, the sequence that would go last is retracted (its pages stay cached, it
+waits again, nothing is lost). A sequence whose prompt another instance computes is *placed* first (slot and pages, but it is in no
+step) and decodes from `start_decoding` on. Pages enter the prefix cache when the results of their forward are in. A page that is
+freed while a launched forward still uses it may be given away at once: forwards run in the order of their launch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ import numpy.typing as npt
 
 from moesaic.attention.page_allocator import PageAllocator, PageArray
 from moesaic.attention.prefix_cache import PrefixCache
+from moesaic.launch.engine.growth import Growth
 from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.plan import Chunk, Launch, Plan
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
 
-RESERVE_START, RESERVE_MIN, RESERVE_DECAY = 0.4, 0.05, 0.998
-RESERVE_HORIZON_TOKENS = 4096
 LPM_WINDOW = 64
 """How many waiting sequences the longest-prefix-match policy looks at; matching costs time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Tokens and sequences of one DP rank. `chunk_tokens`: prompt tokens at most in one step."""
+    """Tokens and sequences of one DP rank. `chunk_tokens`: prompt tokens at most in one step. `growth_tokens`: see `growth.py`."""
 
     num_pages: int
     page_size: int
@@ -47,6 +46,7 @@ class SchedulerConfig:
     chunk_tokens: int
     policy: str = "fcfs"
     prefix_cache: bool = True
+    growth_tokens: int = 0
 
 
 class Scheduler:
@@ -59,10 +59,12 @@ class Scheduler:
         self.num_retracted = 0
         self._waiting: list[Sequence] = []
         self._decoding: Int64Array = np.empty(0, dtype=np.int64)
+        self._placed: Int64Array = np.empty(0, dtype=np.int64)
+        self._known_tokens: dict[int, int] = {}
         self._partial: Sequence | None = None
         self._by_rid: dict[int, Sequence] = {}
         self._arrivals = 0
-        self._reserve_ratio = RESERVE_START
+        self._growth = Growth(config.growth_tokens)
         self._blocked = False
 
     # What others may ask
@@ -93,8 +95,8 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: GenerateRequest) -> Sequence:
-        """Queue a request. Raises ValueError when it could never run, even alone."""
+    def check(self, request: GenerateRequest) -> None:
+        """Raises ValueError when the request could never run, even alone."""
         total = len(request.input_ids) + request.sampling.max_new_tokens
         limit = min(self.capacity_tokens, self.config.context_length)
         if total > limit:
@@ -104,12 +106,20 @@ class Scheduler:
             )
         if request.rid in self._by_rid:
             raise ValueError(f"request id {request.rid} is already running")
-        sequence = Sequence.from_request(request, self._arrivals)
-        self._arrivals += 1
-        self._by_rid[request.rid] = sequence
+
+    def add(self, request: GenerateRequest) -> Sequence:
+        """Queue a request. Raises ValueError as `check` does."""
+        sequence = self._take_in(request)
         self._waiting.append(sequence)
         self._waiting.sort(key=lambda waiting: waiting.precedence)
         self._blocked = False
+        return sequence
+
+    def _take_in(self, request: GenerateRequest) -> Sequence:
+        self.check(request)
+        sequence = Sequence.from_request(request, self._arrivals)
+        self._arrivals += 1
+        self._by_rid[request.rid] = sequence
         return sequence
 
     def remove(self, rid: int) -> Sequence | None:
@@ -125,6 +135,38 @@ class Scheduler:
         sequence = self._take_out(rid)
         assert sequence is not None and sequence.slot >= 0, f"request {rid} is not running"
         return self._release(sequence)
+
+    def place(self, request: GenerateRequest) -> Sequence | None:
+        """Slot and pages for a request whose prompt is computed elsewhere; None while there is no room beside running ones' growth.
+
+        `num_settled` says how much of the prompt is cached here. The request has passed `check`.
+        """
+        if self._waiting or not self.table.num_free:
+            return None  # those that were sent back go first
+        sequence = self._take_in(request)
+        if self._allocate(sequence, sequence.num_tokens):
+            sequence.shares = False
+            self._placed = np.append(self._placed, sequence.slot)
+            return sequence
+        del self._by_rid[request.rid]
+        return None
+
+    def start_decoding(self, sequence: Sequence, token: int) -> None:
+        """The whole prompt of a placed sequence has its KV; `token` is the first that was generated."""
+        slot, table = sequence.slot, self.table
+        self._placed = self._placed[self._placed != slot]
+        sequence.num_computed = sequence.num_tokens
+        table.settle(np.array([slot]), table.launch(np.array([slot])), np.array([token]))
+        if sequence.history is not None:
+            sequence.history.append(token)
+        self._decoding = np.append(self._decoding, slot)
+        self._known_tokens[slot] = token
+        self._share_pages(sequence)
+
+    def take_known_tokens(self) -> tuple[Int64Array, Int64Array]:
+        """Slots int64 [K] that have begun to decode since the last call with a token from elsewhere, and these tokens int64 [K]."""
+        known, self._known_tokens = self._known_tokens, {}
+        return np.array(list(known), dtype=np.int64), np.array(list(known.values()), dtype=np.int64)
 
     def _take_out(self, rid: int) -> Sequence | None:
         sequence = self._by_rid.pop(rid, None)
@@ -152,7 +194,7 @@ class Scheduler:
         if plan.chunks:
             self._decoding = np.append(self._decoding, slots[plan.num_decode :])
         if len(slots):
-            self._reserve_ratio = max(self._reserve_ratio * RESERVE_DECAY, RESERVE_MIN)
+            self._growth.went_well()
         return Launch(plan, slots, self.table.owner[slots], self.table.launch(slots))
 
     def settle_chunk(self, chunk: Chunk) -> None:
@@ -199,7 +241,7 @@ class Scheduler:
         if self._partial is not None:
             running.append(self._partial)
         victim = max(running, key=lambda sequence: sequence.precedence)
-        assert len(running) > 1, "one sequence alone always fits: add() refuses what can't"
+        assert len(running) > 1 or len(self._placed), "one sequence alone always fits: check() refuses what can't"
         assert self.table.num_known[victim.slot] == self.table.num_tokens[victim.slot], "retracted with a token under way"
         self._share_pages(victim)
         self._release(victim)
@@ -208,7 +250,7 @@ class Scheduler:
         self._waiting.append(victim)
         self._waiting.sort(key=lambda waiting: waiting.precedence)
         self.num_retracted += 1
-        self._reserve_ratio = min(1.0, self._reserve_ratio * 2)
+        self._growth.was_too_low()
 
     def _release(self, sequence: Sequence) -> PageArray:
         """Take a running sequence's slot and pages; what it shares with the cache stays there. Returns the freed pages."""
@@ -217,6 +259,7 @@ class Scheduler:
             self._partial = None
         else:
             self._decoding = self._decoding[self._decoding != slot]
+            self._placed = self._placed[self._placed != slot]
         row = self.table.remove(sequence)
         assert sequence.node is not None
         freed = row[sequence.node.depth if self.cache.enabled else 0 :]
@@ -227,11 +270,13 @@ class Scheduler:
         return freed
 
     def _share_pages(self, sequence: Sequence) -> None:
-        """Give the full settled pages to the prefix cache; duplicates are replaced by the cached ones.
+        """Give the full settled pages to the prefix cache, if it may have them; duplicates are replaced by the cached ones.
 
         A launched forward may still read the duplicates, but writes to no full page: they may be given away (see above).
         """
         self.table.sequence(sequence.slot)
+        if not sequence.shares:
+            return
         assert sequence.node is not None
         row = self.table.page_row(sequence.slot)
         insertion = self.cache.insert(sequence.tokens[: sequence.num_settled], row, sequence.node)
@@ -241,9 +286,8 @@ class Scheduler:
 
     def _reserved_pages(self) -> int:
         """Pages that running sequences are expected to need."""
-        slots = self._decoding
-        growth = np.minimum(self.table.max_tokens[slots] - self.table.num_tokens[slots], RESERVE_HORIZON_TOKENS)
-        return int(growth.sum() * self._reserve_ratio) // self.config.page_size
+        slots = np.concatenate([self._decoding, self._placed])
+        return self._growth.expected_tokens(self.table.max_tokens[slots] - self.table.num_tokens[slots]) // self.config.page_size
 
     # Admission
 
@@ -284,13 +328,18 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, unless running ones need the room."""
-        match = self.cache.match(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens)
+        if not self._allocate(sequence, sequence.matchable_tokens):
+            return False
+        self._waiting.remove(sequence)
+        return True
+
+    def _allocate(self, sequence: Sequence, matchable_tokens: int) -> bool:
+        match = self.cache.match(sequence.tokens[: sequence.num_tokens], matchable_tokens)
         num_new = -(-sequence.num_tokens // self.config.page_size) - len(match.pages)
         reserve = self._reserved_pages() if self.num_running else 0
         if num_new + reserve > self.cache.available_pages():
             self.cache.release(match.node)
             return False
-        self._waiting.remove(sequence)
         self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]))
         sequence.node = match.node
         sequence.num_computed = sequence.num_settled = match.num_tokens

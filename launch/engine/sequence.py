@@ -33,7 +33,8 @@ class Sequence:
     `SequenceTable.sequence` brings `num_tokens` and `num_settled` here up to date, and `tokens` is the table's row.
 
     num_tokens: whose values are known. num_computed: prompt tokens whose forward is launched. num_settled: tokens whose KV is
-    in the pool for certain, what may be shared. arrival: unique.
+    in the pool for certain, what may be shared. arrival: unique. shares: its pages may go to the prefix cache; not while another
+    instance reads or writes them.
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
 
@@ -52,6 +53,7 @@ class Sequence:
     history: TokenHistory | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_output_sent: bool = False
+    shares: bool = True
     added_at: float = 0.0
     admitted_at: float = 0.0
 

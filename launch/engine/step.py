@@ -17,12 +17,13 @@ from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ModeFlag, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class StepHeader:
-    """One rank's word. Ranks of one DP group say the same, but for `num_messages`, which only the leader's counts.
+    """One rank's word. Ranks of one DP group say the same, but for `num_messages`, which only the leader's counts, and `rooms`.
 
     num_messages: messages that the DP group's leader has taken in during this step, to be applied at the start of the next one.
     control: id of the oldest control command not yet carried out (0: none). rebalance: the word of the rank's rebalance manager.
     first_tokens, first_logits: rows and logits of the rank's first micro-batch if the step is split in two; 0 tokens: its batch
-    can't be split. has_work: the rank holds requests (running or waiting) or moves experts. stop: the rank was told to shut down.
+    can't be split. rooms: what this rank sees of its rooms (`rooms.py`). has_work: the rank holds requests (running or waiting) or
+    moves experts. stop: the rank was told to shut down.
     """
 
     num_decode: int = 0
@@ -33,6 +34,7 @@ class StepHeader:
     rebalance: int = 0
     first_tokens: int = 0
     first_logits: int = 0
+    rooms: int = 0
     has_work: bool = False
     stop: bool = False
 
@@ -195,6 +197,7 @@ def _header(row: list[int]) -> StepHeader:
         rebalance=counts[5],
         first_tokens=counts[6],
         first_logits=counts[7],
+        rooms=counts[8],
         has_work=bool(has_work),
         stop=bool(stop),
     )

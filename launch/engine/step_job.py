@@ -36,7 +36,8 @@ class StepJob:
     """What a step runs.
 
     inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. decode_slots int64 [D], sampled_slots
-    int64 [S]: slots of the decode rows and of the sampled ones. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may
+    int64 [S]: slots of the decode rows and of the sampled ones. known_slots, known_tokens int64 [K]: slots whose last token was not
+    sampled here, and that token. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may
     hold NaN, which would reach those who get the pages next even where they are masked: cleared before the forward.
     """
 
@@ -47,6 +48,8 @@ class StepJob:
     split: ForwardSplit | None
     decode_slots: Tensor
     sampled_slots: Tensor
+    known_slots: Tensor
+    known_tokens: Tensor
     sampling: SamplingRows
     sampled_logprobs: SampledLogprobs | None
     prompt_logprobs: tuple[PromptLogprobs, ...]
@@ -101,6 +104,8 @@ class StepRunner:
     def _run(self, job: StepJob) -> StepOutcome:
         if len(job.spoiled_pages):
             self._runner.clear_pages(job.spoiled_pages)
+        if len(job.known_slots):
+            self._last_tokens.index_copy_(0, job.known_slots, job.known_tokens)
         num_decode = len(job.decode_slots)
         if num_decode:
             torch.index_select(self._last_tokens, 0, job.decode_slots, out=job.inputs.input_ids[:num_decode])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from moesaic.launch.engine.messages import ProfileOptions
+from moesaic.launch.engine.messages import WARMUP, ProfileOptions
 from moesaic.launch.http.body import parse_body
 from moesaic.launch.http.control import Command
 from moesaic.launch.http.errors import EngineFailedError, bad_request, json_response, unavailable
@@ -61,8 +62,11 @@ async def _generate_one_token(services: Services) -> None:
     """One token through the engine. A busy engine that answers others in the meantime is well too."""
     limits = services.limits
     token_id = min(limits.eos_token_ids, default=0)
-    plan = make_plan({"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}, limits)
+    num_tokens = 2 if services.config.role == "decode" else 1  # the first token comes from prefill
+    plan = make_plan({"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}, limits)
     jobs = make_jobs("health_generate", [token_id], plan, limits, FieldNames(prompt="prompt", max_tokens="max_tokens"))
+    if services.config.role != "null":
+        jobs = [replace(job, bootstrap=WARMUP) for job in jobs]
     deadline, started = services.config.health_generate_deadline, time.monotonic()
     try:
         async with asyncio.timeout(deadline):

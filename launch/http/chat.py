@@ -23,6 +23,7 @@ from moesaic.launch.http.openai_fields import (
 )
 from moesaic.launch.http.openai_logprobs import chat_logprobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
+from moesaic.launch.http.rooms import with_rooms
 from moesaic.launch.http.run import Generated, Run, Update
 from moesaic.launch.http.services import Services
 
@@ -90,7 +91,7 @@ async def _make_jobs(services: Services, body: ChatBody, name: str) -> list[Job]
         continue_final_message=bool(body.continue_final_message),
         extra=body.chat_template_kwargs,
     )
-    return make_jobs(
+    jobs = make_jobs(
         name,
         input_ids,
         plan,
@@ -100,6 +101,7 @@ async def _make_jobs(services: Services, body: ChatBody, name: str) -> list[Job]
         priority=body.priority or 0,
         dp_rank=body.pinned(),
     )
+    return with_rooms(services.config, body, jobs, 1)
 
 
 async def _whole(services: Services, jobs: Sequence[Job], head: _Head) -> Response:

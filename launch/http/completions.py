@@ -15,6 +15,7 @@ from moesaic.launch.http.job import FieldNames, Job, Wants, make_jobs
 from moesaic.launch.http.openai_fields import OpenAiBody, new_name, openai_plan, refuse_unsupported, usage
 from moesaic.launch.http.openai_logprobs import completion_logprobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
+from moesaic.launch.http.rooms import with_rooms
 from moesaic.launch.http.run import Generated, Run, Update
 from moesaic.launch.http.services import Services
 
@@ -107,7 +108,7 @@ def _make_jobs(services: Services, body: CompletionBody, prompts: Sequence[list[
         services.need_tokenizer("logprobs")
     wants = Wants(logprobs=asked, top=body.logprobs or 0, start=0 if body.echo and asked else -1)
     names = FieldNames(prompt="prompt", max_tokens="max_tokens", top_logprobs="logprobs")
-    return [
+    jobs = [
         job
         for input_ids in prompts
         for job in make_jobs(
@@ -121,6 +122,7 @@ def _make_jobs(services: Services, body: CompletionBody, prompts: Sequence[list[
             dp_rank=body.pinned(),
         )
     ]
+    return with_rooms(services.config, body, jobs, len(prompts))
 
 
 def _echo_texts(services: Services, body: CompletionBody, prompts: Sequence[list[int]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +14,8 @@ class HttpConfig:
     Ranks are numbered `dp_rank * attn_tp_size + attn_tp_rank`; `to_rank_endpoints[rank]` is bound here and the rank
     connects. `eos_token_ids` end every sequence unless `ignore_eos`. `default_sampling` holds native sampling names
     (from the checkpoint's generation_config.json) used where a request says nothing; `random_seed` decides the seeds
-    that such requests get (None: chance). `max_queued_requests` None: no limit. `server_args` and `resolution` are
-    shown in /server_info as they are. Times are seconds.
+    that such requests get (None: chance). `max_queued_requests` None: no limit. `role` is --disaggregation-mode; `bootstrap_port`
+    holds for requests that give none. `server_args` and `resolution` are shown in /server_info as they are. Times are seconds.
     """
 
     model_path: str
@@ -40,6 +41,8 @@ class HttpConfig:
     model_type: str = "deepseek_v3"
     server_args: Mapping[str, object] = field(default_factory=dict)
     resolution: tuple[Mapping[str, object], ...] = ()
+    role: Literal["null", "prefill", "decode"] = "null"
+    bootstrap_port: int = 8998
     version: str = "0"
     log_level: str = "info"
     heartbeat_deadline: float = 5.0

@@ -62,6 +62,14 @@ def step_failed(message: str) -> ApiError:
     return ApiError(500, message, code="step_failed")
 
 
+_TRANSFER_STATUS = {"room": 400, "deadline": 504, "lost": 503, "aborted": 503, "refused": 502, "corrupt": 502}
+
+
+def transfer_failed(kind: str, message: str) -> ApiError:
+    """A request failed on its way from prefill to decode; `message` names instance, rank, room and state."""
+    return ApiError(_TRANSFER_STATUS[kind], message, param="bootstrap_room" if kind == "room" else None, code=f"transfer_{kind}")
+
+
 def unavailable(message: str) -> ApiError:
     return ApiError(503, message, code="engine_unavailable")
 

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from moesaic.launch.engine.messages import TokenLogprobs
@@ -14,13 +13,13 @@ from moesaic.launch.http.body import read_body
 from moesaic.launch.http.errors import bad_request, json_response
 from moesaic.launch.http.job import FieldNames, Job, Wants, make_jobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
+from moesaic.launch.http.rooms import RoomFields, with_rooms
 from moesaic.launch.http.run import Finish, Generated, Run
 from moesaic.launch.http.sampling import Plan, make_plan
 from moesaic.launch.http.services import Services
 
 T = TypeVar("T")
 
-_PD_FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 _NOT_SUPPORTED = (
     "token_ids_logprob",
     "input_embeds",
@@ -32,7 +31,7 @@ _NOT_SUPPORTED = (
 )
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
+class GenerateBody(RoomFields, kw_only=True):
     """The fields that mean something here; a router may add others. A batch may give lists where noted."""
 
     text: str | list[str] | None = None
@@ -48,9 +47,6 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
-    bootstrap_host: Any = None
-    bootstrap_port: Any = None
-    bootstrap_room: Any = None
     token_ids_logprob: Any = None
     input_embeds: Any = None
     image_data: Any = None
@@ -79,7 +75,9 @@ def make_router(services: Services) -> APIRouter:
 
 async def _whole(services: Services, jobs: Sequence[Job], single: bool, with_text: bool) -> Response:
     with Run(services, jobs) as run:
-        answers = [_answer(services, sequence, with_text) for sequence in await run.finished()]
+        # A router puts the prompt's logprobs of prefill's answer in front of decode's, but only in a single whole one.
+        elsewhere = single and services.config.role == "decode"
+        answers = [_answer(services, sequence, with_text, with_prompt=not elsewhere) for sequence in await run.finished()]
     return json_response(answers[0] if single else answers)
 
 
@@ -98,9 +96,6 @@ async def _stream(services: Services, jobs: Sequence[Job], with_text: bool) -> A
 
 
 def _refuse_unsupported(body: GenerateBody) -> None:
-    for name in _PD_FIELDS:
-        if getattr(body, name) is not None:
-            raise bad_request(f"{name}: this server is not disaggregated, so it must be null", name)
     for name in _NOT_SUPPORTED:
         if getattr(body, name) not in (None, []):
             raise bad_request(f"{name} is not supported", name)
@@ -145,7 +140,7 @@ async def _make_jobs(services: Services, body: GenerateBody) -> list[Job]:
         max_tokens="sampling_params.max_new_tokens",
         top_logprobs="top_logprobs_num",
     )
-    return [
+    jobs = [
         job
         for index, input_ids in enumerate(prompts)
         for job in make_jobs(
@@ -159,6 +154,7 @@ async def _make_jobs(services: Services, body: GenerateBody) -> list[Job]:
             dp_rank=body.routed_dp_rank if body.data_parallel_rank is None else body.data_parallel_rank,
         )
     ]
+    return with_rooms(services.config, body, jobs, count)
 
 
 def _params(body: GenerateBody) -> dict[str, Any] | list[dict[str, Any]]:
@@ -203,7 +199,8 @@ def _names(rid: str | list[str] | None, count: int) -> list[str]:
 # From sequences to answers
 
 
-def _answer(services: Services, sequence: Generated, with_text: bool) -> dict[str, Any]:
+def _answer(services: Services, sequence: Generated, with_text: bool, *, with_prompt: bool = True) -> dict[str, Any]:
+    """`with_prompt`: with the prompt's logprobs, if they are asked for."""
     meta: dict[str, Any] = {
         "id": sequence.job.name,
         "finish_reason": None if sequence.finish is None else finish_reason(sequence.finish, len(sequence.output_ids)),
@@ -214,7 +211,7 @@ def _answer(services: Services, sequence: Generated, with_text: bool) -> dict[st
         "e2e_latency": sequence.latency(),
     }
     if sequence.job.wants.logprobs:
-        meta |= _logprobs(services, sequence, with_text)
+        meta |= _logprobs(services, sequence, sequence.prompt_logprobs if with_prompt else [], with_text)
     return {"text": sequence.text, "output_ids": sequence.output_ids, "meta_info": meta}
 
 
@@ -227,7 +224,7 @@ def finish_reason(finish: Finish, num_tokens: int) -> dict[str, Any]:
     return {"type": "stop", "matched": finish.matched}
 
 
-def _logprobs(services: Services, sequence: Generated, with_text: bool) -> dict[str, Any]:
+def _logprobs(services: Services, sequence: Generated, prompt: Sequence[TokenLogprobs], with_text: bool) -> dict[str, Any]:
     """Triples [logprob, token id, text or null]; for the top ones a list of triples per position."""
 
     def triple(token_id: int, logprob: float | None) -> list[Any]:
@@ -238,10 +235,10 @@ def _logprobs(services: Services, sequence: Generated, with_text: bool) -> dict[
         return [[triple(*top) for top in row.top] or None for row in rows]
 
     meta: dict[str, Any] = {
-        "input_token_logprobs": [triple(row.token_id, row.logprob) for row in sequence.prompt_logprobs],
+        "input_token_logprobs": [triple(row.token_id, row.logprob) for row in prompt],
         "output_token_logprobs": [triple(row.token_id, row.logprob) for row in sequence.logprobs],
     }
     if sequence.job.wants.top:
-        meta["input_top_logprobs"] = tops(sequence.prompt_logprobs)
+        meta["input_top_logprobs"] = tops(prompt)
         meta["output_top_logprobs"] = tops(sequence.logprobs)
     return meta

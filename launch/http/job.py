@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from moesaic.launch.engine.messages import GenerateRequest
+from moesaic.launch.engine.messages import Bootstrap, GenerateRequest
 from moesaic.launch.http.errors import bad_request
 from moesaic.launch.http.sampling import ModelLimits, Plan
 
@@ -28,7 +28,9 @@ class Wants:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A sequence to generate. `name` is what /abort_request calls it; `dp_rank` pins it."""
+    """A sequence to generate. `name` is what /abort_request calls it; `dp_rank` pins it; `bootstrap`: its room, on an instance with
+    a role.
+    """
 
     name: str
     input_ids: tuple[int, ...]
@@ -36,6 +38,7 @@ class Job:
     wants: Wants = field(default_factory=Wants)
     priority: int = 0
     dp_rank: int | None = None
+    bootstrap: Bootstrap | None = None
 
     def request(self) -> GenerateRequest:
         return GenerateRequest(
@@ -46,6 +49,7 @@ class Job:
             return_logprob=self.wants.logprobs,
             top_logprobs_num=self.wants.top,
             logprob_start_len=self.wants.start,
+            bootstrap=self.bootstrap,
         )
 
 

@@ -1,7 +1,7 @@
 """Prometheus metrics under SGLang's stems with the prefix `moesaic:`. Counts what the HTTP side sees and shows the
 ranks' loads.
 
-Each server has its own registry. Metrics that nothing produces yet (speculation, PD) are absent, not zero.
+Each server has its own registry. Metrics that nothing produces (speculation; PD without a role) are absent, not zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moesaic.launch.engine.messages import LoadReport, RebalanceStatus
+from moesaic.launch.engine.messages import LoadReport, RebalanceStatus, RoomLoad
 
 PREFIX = "moesaic:"
 TIME_TO_FIRST = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
@@ -44,6 +44,49 @@ class _Loads(Collector):
             for load in loads:
                 family.add_metric((self._model, str(load.dp_rank)), value(load))
             yield family
+
+
+class _Rooms(Collector):
+    """The queues of a prefill or decode instance; nothing on a server without a role."""
+
+    def __init__(self, model: str, role: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+        self._model = model
+        self._role = role
+        self._loads = loads
+
+    def collect(self) -> Iterable[Metric]:
+        if self._role == "null":
+            return
+        failed = CounterMetricFamily(
+            PREFIX + "num_transfer_failed_reqs", "Requests that failed between prefill and decode", labels=("model_name", "dp_rank")
+        )
+        families = [
+            (GaugeMetricFamily(PREFIX + name, text, labels=("model_name", "dp_rank")), value) for name, text, value in self._rows()
+        ]
+        for load in self._loads():
+            rooms, labels = load.rooms or RoomLoad(), (self._model, str(load.dp_rank))
+            failed.add_metric(labels, rooms.num_failed)
+            for family, value in families:
+                family.add_metric(labels, value(rooms))
+        yield failed
+        yield from (family for family, _ in families)
+
+    def _rows(self) -> list[tuple[str, str, Callable[[RoomLoad], float]]]:
+        if self._role == "prefill":
+            return [
+                (
+                    "num_prefill_bootstrap_queue_reqs",
+                    "Requests that no decode instance has opened yet",
+                    attrgetter("num_bootstrap"),
+                ),
+                ("num_prefill_inflight_queue_reqs", "Requests whose pages are held for decode", attrgetter("num_inflight")),
+            ]
+        return [
+            ("num_decode_prealloc_queue_reqs", "Requests that wait for pages", attrgetter("num_prealloc")),
+            ("num_decode_transfer_queue_reqs", "Requests whose pages are being fetched", attrgetter("num_transfer")),
+            ("kv_transfer_speed_gb_s", "Speed of the last transfer", attrgetter("speed_gb_s")),
+            ("kv_transfer_latency_ms", "Duration of the last transfer", attrgetter("latency_ms")),
+        ]
 
 
 class _Rebalancing(Collector):
@@ -108,11 +151,13 @@ class Metrics:
         model: str,
         loads: Callable[[], Sequence[LoadReport]],
         rebalance: Callable[[], RebalanceStatus | None] = lambda: None,
+        role: str = "null",
     ) -> None:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_Loads(model, loads))
         self._registry.register(_Rebalancing(model, rebalance))
+        self._registry.register(_Rooms(model, role, loads))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self.num_requests = self._counter("num_requests", "Sequences that have ended, however they did")

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from moesaic.launch.http.errors import bad_request
+from moesaic.launch.http.rooms import RoomFields
 from moesaic.launch.http.run import Generated
 from moesaic.launch.http.sampling import Plan, make_plan
 from moesaic.launch.http.services import Services
@@ -33,7 +34,6 @@ _SAME = [
     "skip_special_tokens",
     "no_stop_trim",
 ]
-_PD_FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 _CONSTRAINED = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -41,7 +41,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class OpenAiBody(msgspec.Struct, kw_only=True):
+class OpenAiBody(RoomFields, kw_only=True):
     """Fields of both chat and plain completions. Values are checked by sampling.make_plan; types here are only a first
     sieve.
     """
@@ -75,9 +75,6 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
-    bootstrap_host: Any = None
-    bootstrap_port: Any = None
-    bootstrap_room: Any = None
 
     def pinned(self) -> int | None:
         return self.routed_dp_rank if self.data_parallel_rank is None else self.data_parallel_rank
@@ -88,9 +85,6 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
 
 def refuse_unsupported(body: OpenAiBody) -> None:
     """What would silently change the answer if it were ignored."""
-    for name in _PD_FIELDS:
-        if getattr(body, name) is not None:
-            raise bad_request(f"{name}: this server is not disaggregated, so it must be null", name)
     for name in _CONSTRAINED:
         if getattr(body, name) is not None:
             raise bad_request(f"{name}: constrained decoding is not supported yet", name)

@@ -24,6 +24,7 @@ from moesaic.launch.http.openai_fields import (
 )
 from moesaic.launch.http.reply import EventStream, unless_gone
 from moesaic.launch.http.responses_events import ResponseShape, stream_events
+from moesaic.launch.http.rooms import with_rooms
 from moesaic.launch.http.run import Run
 from moesaic.launch.http.services import Services
 
@@ -103,7 +104,8 @@ async def _make_jobs(services: Services, body: ResponsesBody, name: str) -> list
     input_ids = await encode_messages(services, _messages(body), "input", extra=body.chat_template_kwargs)
     names = FieldNames(prompt="input", max_tokens="max_output_tokens")
     priority = body.priority or 0
-    return make_jobs(name, input_ids, plan, services.limits, names, priority=priority, dp_rank=body.pinned())
+    jobs = make_jobs(name, input_ids, plan, services.limits, names, priority=priority, dp_rank=body.pinned())
+    return with_rooms(services.config, body, jobs, 1)
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from typing import Literal, Self
 from moesaic.launch.engine.messages import RequestOutput, TokenLogprobs
 from moesaic.launch.http.client import Arrivals
 from moesaic.launch.http.detokenizer import Detokenizer
-from moesaic.launch.http.errors import ApiError, EngineFailedError, bad_request, step_failed, unavailable
+from moesaic.launch.http.errors import ApiError, EngineFailedError, bad_request, step_failed, transfer_failed, unavailable
 from moesaic.launch.http.job import Job
 from moesaic.launch.http.metrics import Metrics
+from moesaic.launch.http.rooms import missing_room
 from moesaic.launch.http.services import Services
 
 
@@ -80,6 +81,9 @@ class Run:
         self.sequences: list[Generated] = []
 
     def __enter__(self) -> Self:
+        config = self._services.config
+        if config.role != "null" and any(job.bootstrap is None for job in self._jobs):
+            raise bad_request(missing_room(config), "bootstrap_room")
         room = self._services.client.room() if self._limited else None
         if room is not None and len(self._jobs) > room:
             limit = self._services.config.max_queued_requests
@@ -134,7 +138,7 @@ class Run:
     async def updates(self) -> AsyncIterator[Update]:
         """Updates of all sequences in order of arrival, until all have ended.
 
-        ApiError 503 when the engine fails, 500 when a step does that ran one of them.
+        ApiError 503 when the engine fails, 500 when a step does that ran one of them, 400 or 502 to 504 when a transfer does.
         """
         while self._open:
             rid, output = await self._arrivals.get()
@@ -143,6 +147,8 @@ class Run:
                 raise unavailable(str(output))
             if sequence is None:
                 continue
+            if output.transfer_failure:
+                raise transfer_failed(output.transfer_failure, output.message or "the transfer failed")
             if output.failed:
                 raise step_failed(output.message or "a step of the engine failed")
             update = _apply(sequence, output)

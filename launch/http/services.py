@@ -45,5 +45,5 @@ class Services:
 
 def make_services(config: HttpConfig, client: RankClient, tokenizer: Tokenizer | None) -> Services:
     limits = ModelLimits(vocab_size=config.vocab_size, context_length=config.context_length, eos_token_ids=config.eos_token_ids)
-    metrics = Metrics(config.served_model_name, client.loads, client.health.rebalance)
+    metrics = Metrics(config.served_model_name, client.loads, client.health.rebalance, config.role)
     return Services(config=config, client=client, tokenizer=tokenizer, metrics=metrics, limits=limits)

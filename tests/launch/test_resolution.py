@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moesaic.launch.config import ResolvedConfig, ServerConfig
+from moesaic.launch.disaggregation.backends import missing_reason
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.report import Choice, report_rows
@@ -224,3 +225,28 @@ def test_missing_cpu_kernels_are_a_downgrade_with_their_reason_unless_they_were_
     lesser = row("no C compiler")
     assert (lesser.chosen, lesser.downgrade, lesser.refused) == ("torch", True, (("compiled C", "no C compiler"),))
     assert not row("MOESAIC_CPU_KERNELS=torch").downgrade
+
+
+@pytest.mark.parametrize(("role", "mode"), [("prefill", "normal"), ("decode", "low_latency")])
+@pytest.mark.parametrize("flags", [{}, DP2], ids=["none", "torch"])
+def test_a_role_decides_the_dispatch_mode(role: str, mode: str, flags: dict[str, Any]) -> None:
+    settled = settle(**flags, disaggregation_mode=role)
+
+    assert (settled.config.dispatch_mode, settled.config.transfer_backend) == (mode, "tcp")
+    assert row(settled, "role")["chosen"].startswith(role)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"disaggregation_mode": "prefill", "deepep_mode": "low_latency"}, "prefill instances always take normal"),
+        ({"disaggregation_mode": "prefill", "num_reserved_decode_tokens": 9}, "it is a setting of decode instances"),
+        ({"disaggregation_checksum": True}, "leave --disaggregation-checksum out, or use --disaggregation-mode decode"),
+        ({"disaggregation_mode": "decode", "disaggregation_transfer_backend": "mooncake"}, "pip install mooncake"),
+    ],
+)
+def test_flags_that_a_role_rules_out_are_refused(flags: dict[str, Any], words: str) -> None:
+    if "mooncake" in words and missing_reason("mooncake") is None:
+        pytest.skip("mooncake is installed")
+    with pytest.raises(ConfigError, match=words):
+        settle(**flags)

@@ -24,10 +24,27 @@ class Worker(Protocol):
 @contextmanager
 def router(workers: Sequence[Worker], log: Path, *flags: str) -> Iterator[httpx.Client]:
     """A client of a router that has accepted all workers."""
+    with _running(["--worker-urls", *(worker.url for worker in workers), *flags], log) as client:
+        yield client
+
+
+@contextmanager
+def pd_router(prefill: Sequence[tuple[Worker, int]], decode: Sequence[Worker], log: Path, *flags: str) -> Iterator[httpx.Client]:
+    """A client of a router in --pd-disaggregation; `prefill`: servers with the ports of their bootstrap servers."""
+    arguments = ["--pd-disaggregation"]
+    for worker, port in prefill:
+        arguments += ["--prefill", worker.url, str(port)]
+    for worker in decode:
+        arguments += ["--decode", worker.url]
+    with _running([*arguments, *flags], log) as client:
+        yield client
+
+
+@contextmanager
+def _running(arguments: Sequence[str], log: Path) -> Iterator[httpx.Client]:
     port = free_port()
     command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", *(worker.url for worker in workers), "--prometheus-port", str(free_port())]
-    command += ["--worker-startup-check-interval", "1", *flags]
+    command += ["--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1", *arguments]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:

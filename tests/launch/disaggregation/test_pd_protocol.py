@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pd_ranks import make_layout
 
-from moesaic.launch.disaggregation.agreement import ROOMS_PER_WORD, agree, queue_word
+from moesaic.launch.disaggregation.agreement import ROOMS_PER_WORD, Sign, agree, rooms_word, window
 from moesaic.launch.disaggregation.frames import HEADER_BYTES, FrameError, FrameReader, FrameWriter
 from moesaic.launch.disaggregation.handover import Handover, decode_handover, encode_handover
 from moesaic.launch.disaggregation.protocol import (
@@ -125,17 +125,29 @@ def test_bytes_that_are_no_frame_or_changed_on_the_way_are_noticed() -> None:
         FrameReader().header(frame[:4] + b"\xff\xff\xff\xff" + frame[8:HEADER_BYTES])
 
 
-@given(st.lists(st.lists(states, max_size=40), min_size=1, max_size=4), st.sampled_from([WAITING, SUCCESS]))
+@given(st.lists(st.lists(states, max_size=ROOMS_PER_WORD), min_size=1, max_size=4), st.sampled_from([WAITING, SUCCESS]))
 def test_ranks_agree_on_what_all_have_reached_and_any_has_failed(ranks: list[list[TransferState]], wanted: TransferState) -> None:
     num_rooms = min(map(len, ranks))
     queues = [rank[:num_rooms] for rank in ranks]
-    words = [queue_word(queue, wanted) for queue in queues]
+    words = [rooms_word(Sign(state is not FAILED and state >= wanted, state is FAILED) for state in queue) for queue in queues]
     moved, failed = agree(words)
 
     assert all(0 <= word < 1 << 62 for word in words)
-    seen = [group_state(states) for states in zip(*queues, strict=True)][:ROOMS_PER_WORD]
-    assert failed == [place for place, state in enumerate(seen) if state is FAILED]
+    seen = [group_state(states) for states in zip(*queues, strict=True)]
+    assert failed == {
+        place: next(rank for rank, queue in enumerate(queues) if queue[place] is FAILED)
+        for place, state in enumerate(seen)
+        if state is FAILED
+    }
     assert moved == [place for place, state in enumerate(seen) if state is not FAILED and state >= wanted]
+
+
+@given(st.integers(0, 200))
+def test_every_room_has_its_turn_however_many_there_are(num_rooms: int) -> None:
+    windows = [window(num_rooms, turn) for turn in range(7, 7 + max(1, -(-num_rooms // ROOMS_PER_WORD)))]
+
+    assert sorted(place for places in windows for place in places) == list(range(num_rooms))
+    assert all(len(places) <= ROOMS_PER_WORD for places in windows)
 
 
 def test_a_handover_carries_the_first_token_with_all_that_belongs_to_it() -> None:

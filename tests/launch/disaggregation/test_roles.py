@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,8 @@ def test_the_rendered_table_is_the_published_one_with_the_roles_below() -> None:
     assert answers["prefill instance", "auto"] == ("yes", "no", "yes", "no")
     assert answers["decode instance", "auto"] == ("no", "yes", "yes", "yes")
     assert len(rows) == len(TABLE)
+
+
+def test_the_readme_shows_the_table_as_it_is_computed() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert all("| " + " | ".join(row) + " |" in readme for row in render_suitability())

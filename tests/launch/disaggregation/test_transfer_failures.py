@@ -115,10 +115,6 @@ def test_an_abort_on_prefill_ends_the_room_on_both_sides_and_leaves_nothing(stat
         sender, receiver = bring_to(pair, state)
         sender.abort("the client has gone")
         assert sender.state is FAILED, "the engine need not wait to know"
-        if state is not TRANSFERRING:
-            receiver.receive(range(4))  # prefill does not know of this rank before
-            wait_for_state([receiver], FAILED)
-            assert "the room has ended: " in str(receiver.failure)
         ended_well(pair, sender, receiver)
 
 
@@ -415,3 +411,18 @@ def test_memory_is_checked_when_it_is_handed_in() -> None:
         PagedMemory([np.zeros((4, 8), dtype=np.uint8), np.zeros((4, 9), dtype=np.uint8)])
     with pytest.raises(ValueError, match="contiguous"):
         PagedMemory([np.zeros((4, 16), dtype=np.uint8)[:, ::2]])
+
+
+def test_a_decode_rank_that_dies_before_it_has_pages_fails_the_room_at_once() -> None:
+    with running_pair("tcp") as pair:
+        doomed = start_decode_rank(make_layout(), 0, pair.bootstrap.address[1], instance="d1")
+        try:
+            room = next_room()
+            sender, receiver = pair.prefill[0].sender(room), doomed.receiver(room)
+            wait_for_state([receiver], WAITING)
+        finally:
+            doomed.transfer.close()
+        wait_for_state([sender], FAILED)
+        assert sender.failure is not None and sender.failure.kind == "lost"
+        assert "decode instance d1 rank 0 has closed the connection" in str(sender.failure)
+        wait_for(lambda: nothing_left(pair))
