@@ -24,7 +24,7 @@ ATTENTION_TP2 = ("--tp", "2", *TORCH_EP)
 
 @pytest.fixture(scope="module")
 def pair(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PdPair]:
-    short = ("--disaggregation-timeout", "3")
+    short = ("--disaggregation-timeout", "2")
     checked = (*short, "--disaggregation-checksum")
     with pd_pair(model.folder, tmp_path_factory.mktemp("pd"), (*short, "--chunked-prefill-size", "16"), checked) as pair:
         yield pair
@@ -147,7 +147,7 @@ def test_a_room_that_never_arrives_ends_with_where_it_was_stuck(pair: PdPair) ->
     with pair.prefill.client() as client:
         answer = client.post("/generate", json={**greedy([5, 6], 2), **pair.room()})
     assert answer.status_code == 504
-    assert "in state bootstrapping: stuck for 3 s: 0 decode ranks have opened it" in answer.json()["error"]["message"]
+    assert "in state bootstrapping: stuck for 2 s: 0 decode ranks have opened it" in answer.json()["error"]["message"]
     with pair.decode.client() as client:
         answer = client.post("/generate", json={**greedy([5, 6], 2), **pair.room()})
     assert answer.status_code == 504
