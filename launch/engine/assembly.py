@@ -75,14 +75,15 @@ def assemble_parts(
     """From parts that exist; benchmarks put others in their place."""
     world_size, size = parallel.world_size, parallel.attn_tp_size
     results = Results(scheduler)
-    profiling = Profiling(parallel.rank, range(parallel.dp_rank * size, (parallel.dp_rank + 1) * size))
+    device = torch.device(runner.config.device)
+    profiling = Profiling(parallel.rank, range(parallel.dp_rank * size, (parallel.dp_rank + 1) * size), device)
     step_runner = StepRunner(
         runner=runner,
         num_slots=scheduler.config.max_running,
         failures=FailureExchange(world_size, groups.failures),
         activity=activity,
     )
-    worker = ThreadWorker(torch.device(runner.config.device)) if overlap_schedule else InlineWorker()
+    worker = ThreadWorker(device) if overlap_schedule else InlineWorker()
     return RankEngine(
         scheduler=scheduler,
         runner=runner,

@@ -12,6 +12,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from moesaic.launch.engine.device_clock import device_clock
 from moesaic.launch.engine.messages import ProfileOptions
 from moesaic.overlap.timeline import Timeline
 from moesaic.overlap.trace_file import save_trace
@@ -38,10 +41,11 @@ class _Running:
 
 
 class Profiling:
-    """One rank's part. `group_ranks`: the ranks of its DP group, in order."""
+    """One rank's part. `group_ranks`: the ranks of its DP group, in order. `device`: where the steps compute."""
 
-    def __init__(self, rank: int, group_ranks: range) -> None:
+    def __init__(self, rank: int, group_ranks: range, device: torch.device) -> None:
         self._rank = rank
+        self._device = device
         self._group_ranks = group_ranks
         self._running: _Running | None = None
         self._last_failure = ""
@@ -61,9 +65,8 @@ class Profiling:
             raise ProfileRefused(f"profile_id {profile_id!r} must be usable as the beginning of a file's name")
         folder = Path(options.output_dir or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
         _check_writable(folder)
-        self._running = _Running(
-            folder=folder, profile_id=profile_id, timeline=Timeline(rank=self._rank), num_left=options.num_steps
-        )
+        timeline = Timeline(rank=self._rank, device_clock=device_clock(self._device))
+        self._running = _Running(folder=folder, profile_id=profile_id, timeline=timeline, num_left=options.num_steps)
 
     def cancel(self) -> None:
         """Forget a profile that is prepared or running."""
