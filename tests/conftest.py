@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from rank_pool import RankPool
 from tiny_models import TinyModel, make_tiny_model
 
 torch.set_num_threads(1)
+# nixl's wheel brings a libnl that crashes a process at its end once UCX's InfiniBand module has loaded it. (Ranks end by os._exit.)
+os.environ.setdefault("UCX_MODULES", "^ib")
 
 
 @pytest.fixture(scope="session")

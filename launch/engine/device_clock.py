@@ -17,19 +17,19 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         """Waits for the device once."""
         with torch.cuda.device(device):
-            self._zero = torch.cuda.Event(enable_timing=True)
-            self._zero.record()
-            self._zero.synchronize()
+            self._zero = self.mark()
+        self._zero.synchronize()
         self._zero_ns = time.perf_counter_ns()
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def time_ns(self, mark: torch.cuda.Event) -> int:
         mark.synchronize()
-        return self._zero_ns + round(self._zero.elapsed_time(mark) * 1e6)
+        milliseconds: float = self._zero.elapsed_time(mark)
+        return self._zero_ns + round(milliseconds * 1e6)
 
 
 def device_clock(device: torch.device) -> DeviceClock | None:

@@ -91,9 +91,19 @@ class LiveServer:
 
     def used_tokens(self) -> int:
         """KV tokens held by running requests, all DP ranks together."""
-        with self.client() as client:
-            loads = client.get("/v1/loads").json()["loads"]
+        loads = self._loads()
         return sum(load["num_used_tokens"] + load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+    def holds(self, *, running: int, waiting: int) -> bool:
+        """Whether so many requests at least run and wait, all DP ranks together."""
+        loads = self._loads()
+        counts = [sum(load[name] for load in loads) for name in ("num_running_reqs", "num_waiting_reqs")]
+        return counts[0] >= running and counts[1] >= waiting
+
+    def _loads(self) -> list[dict[str, int]]:
+        with self.client() as client:
+            loads: list[dict[str, int]] = client.get("/v1/loads").json()["loads"]
+        return loads
 
 
 def is_alive(pid: int) -> bool:
