@@ -8,6 +8,7 @@ no read that was begun can write to them any more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -54,6 +55,7 @@ class DecodeRooms:
         self._rooms: RoomList[DecodeEntry] = RoomList(_see)
         self._num_failed = 0
         self._last: TransferStats | None = None
+        self._handover_s = 0.0
 
     @property
     def num_open(self) -> int:
@@ -71,6 +73,7 @@ class DecodeRooms:
             num_failed=self._num_failed,
             speed_gb_s=last.num_bytes / last.seconds / 1e9 if last is not None and last.seconds else 0.0,
             latency_ms=0.0 if last is None else last.seconds * 1e3,
+            handover_ms=self._handover_s * 1e3,
         )
 
     def take(self, request: GenerateRequest) -> None:
@@ -147,6 +150,8 @@ class DecodeRooms:
         sequence.prompt_logprobs.extend(handover.prompt_logprobs)
         self._scheduler.start_decoding(sequence, handover.token_id)
         self._results.first_token(sequence, handover.token_id, handover.logprobs)
+        if handover.computed_at:
+            self._handover_s = max(0.0, time.time() - handover.computed_at)
 
     def _give_up(self, entry: DecodeEntry, reason: str) -> None:
         entry.give_up(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,6 +40,18 @@ def test_pages_travel_while_later_chunks_compute(engines: Engines, model: TinyMo
 
     assert engines.decode.finished[1].tokens == model.greedy(PROMPT, 4)
     assert (engines.prefill.finished[1].tokens, engines.prefill.finished[1].finish_reason) == ([], "length")
+
+
+def test_the_handover_is_timed_from_the_last_chunk_to_the_first_token(engines: Engines) -> None:
+    engines.backend.held = True
+    engines.send(engines.request(1, PROMPT, 4))
+    engines.step_until(lambda: engines.prefill.stages() == ["INFLIGHT"])
+    time.sleep(0.05)
+    engines.backend.held = False
+    engines.backend.release()
+    engines.step_to_rest()
+
+    assert 50 <= engines.decode.rooms.load().handover_ms < 5000
 
 
 def test_prefixes_are_found_on_both_sides(engines: Engines, model: TinyModel) -> None:
