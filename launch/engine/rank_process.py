@@ -115,6 +115,7 @@ class RankProcess:
             for command in self._inbox.controls():
                 engine.control(command)
             announced = self._announce(engine)
+            self._advance_rooms(engine)
             result = engine.step(num_messages=len(announced))
             self._apply_announced(engine, announced, result)
             self._send(engine, result)
@@ -134,6 +135,13 @@ class RankProcess:
                 engine.apply(message)
             return []
         return self._inbox.requests() if place.is_leader else []
+
+    def _advance_rooms(self, engine: RankEngine) -> None:
+        """What has come of transfers is not kept back until the step has ended."""
+        outputs = engine.advance_rooms()
+        if outputs:
+            dp_rank = self._spec.place.dp_rank
+            self._outbox.send(StepOutputs(dp_rank=dp_rank, outputs=outputs, load=engine.load(dp_rank)))
 
     def _apply_announced(self, engine: RankEngine, announced: list[RequestMessage], result: StepResult) -> None:
         place = self._spec.place
