@@ -56,6 +56,7 @@ class DecodeRooms:
         self._num_failed = 0
         self._last: TransferStats | None = None
         self._handover_s = 0.0
+        self._placed: list[DecodeEntry] = []
 
     @property
     def num_open(self) -> int:
@@ -95,7 +96,8 @@ class DecodeRooms:
         self._transfer.thread.check()
         return self._rooms.word()
 
-    def settle(self, words: Many[int]) -> None:
+    def settle(self, words: Many[int], *, forward_runs: bool) -> None:
+        self._open_placed()
         for verdict in self._rooms.verdicts(words):
             entry = verdict.entry
             if verdict.failed_rank is not None:
@@ -109,6 +111,8 @@ class DecodeRooms:
                 self._rooms.remove(entry)
                 self._scheduler.remove(entry.rid)
         self._place()
+        if not forward_runs:
+            self._open_placed()
 
     def chunk_settled(self, chunk: Chunk) -> None:
         """Chunks run here when a sequence was sent back: nobody else's business."""
@@ -124,10 +128,19 @@ class DecodeRooms:
             entry.sequence = self._scheduler.place(entry.request)
             if entry.sequence is None:
                 return
-            assert entry.end is not None
-            num_cached = entry.sequence.num_settled // self._scheduler.config.page_size
-            entry.end.receive(self._scheduler.table.page_row(entry.sequence.slot)[num_cached:], num_cached)
             entry.stage = Stage.TRANSFER
+            self._placed.append(entry)
+
+    def _open_placed(self) -> None:
+        """Have pages fetched, now that no forward can write to them: one launched before they were freed is not in a transfer's
+        order, as it is in that of later forwards.
+        """
+        placed, self._placed = self._placed, []
+        for entry in placed:
+            if entry.stage is Stage.TRANSFER:
+                assert entry.sequence is not None and entry.end is not None
+                num_cached = entry.sequence.num_settled // self._scheduler.config.page_size
+                entry.end.receive(self._scheduler.table.page_row(entry.sequence.slot)[num_cached:], num_cached)
 
     def _start(self, entry: DecodeEntry) -> None:
         sequence, end = entry.sequence, entry.end

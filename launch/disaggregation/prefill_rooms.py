@@ -89,7 +89,7 @@ class PrefillRooms:
         self._transfer.thread.check()
         return self._rooms.word()
 
-    def settle(self, words: Many[int]) -> None:
+    def settle(self, words: Many[int], *, forward_runs: bool) -> None:
         for verdict in self._rooms.verdicts(words):
             entry = verdict.entry
             if verdict.failed_rank is not None:

@@ -135,7 +135,7 @@ class RankEngine:
         """
         if self._rooms is None or self._rules.attn_tp_size > 1 or not self._rooms.num_open:
             return []
-        self._rooms.settle([self._rooms.word()])
+        self._rooms.settle([self._rooms.word()], forward_runs=bool(self._pipeline))
         outputs, rids, tokens = self.results.take()
         return list(every_output(outputs, rids, tokens))
 
@@ -157,7 +157,7 @@ class RankEngine:
         replies = self._carry_out() if step.control else []
         self._pipeline.collect(leave=1 if self._leaves_under_way(step) else 0)
         if self._rooms is not None and self._rules.attn_tp_size > 1:
-            self._rooms.settle([header.rooms for header in headers[self._group]])
+            self._rooms.settle([header.rooms for header in headers[self._group]], forward_runs=bool(self._pipeline))
         outputs, rids, tokens = self.results.take()
         return StepResult(step=step, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
 

@@ -145,6 +145,22 @@ def test_no_page_is_given_away_while_a_read_may_still_write_to_it(engines: Engin
     assert engines.decode.used_pages == 0
 
 
+def test_no_page_is_fetched_into_while_a_forward_may_still_write_to_it(engines: Engines, model: TinyModel) -> None:
+    engines.send(engines.request(1, PROMPT[:4], 50))
+    engines.step_until(lambda: not engines.decode.stages() and not engines.prefill.stages())
+    engines.send(engines.request(2, PROMPT, 4))
+    time.sleep(0.05)
+    while "TRANSFER" not in engines.decode.stages():
+        engines.decode.step()
+    time.sleep(0.05)
+    engines.prefill.step()
+    assert engines.decode.engine.scheduler.num_running == 2
+    assert engines.prefill.stages() == ["BOOTSTRAP"], "a step was under way when the room got its pages"
+
+    engines.step_to_rest()
+    assert engines.decode.finished[2].tokens == model.greedy(PROMPT, 4)
+
+
 def test_a_request_that_never_fits_is_told_on_both_sides(engines: Engines) -> None:
     request = engines.request(1, list(range(20, 60)), 24)
     engines.prefill.engine.apply(request)
