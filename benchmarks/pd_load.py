@@ -240,6 +240,7 @@ def draw(load: Load, unified: Figures, pd: Figures, path: Path) -> None:
         axes.plot([p99], [1.0], "o", color=colour)
     axes.axhline(1.0, color="#999999", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", yscale="log", xlabel="time between two tokens, ms", ylabel="share of gaps that are longer, %")
+    axes.set_xlim(left=1.0)
     axes.set_title(f"{load.running} running decodes, a {load.long_tokens}-token prompt every {load.interval_s:g} s", fontsize=11)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25, which="both")

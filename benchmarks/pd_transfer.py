@@ -35,6 +35,8 @@ from moesaic.launch.disaggregation.receiver import DecodeTransfer
 from moesaic.launch.disaggregation.sender import PrefillTransfer
 
 PAGE_TOKENS, LATENT_BYTES = 64, 576 * 2
+POLL_S = 0.001
+"""As often as an engine that waits for transfers looks at its rooms. A thread that looks more often takes time from the copying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def serve(name: BackendName, shape: Shape) -> None:
         for line in sys.stdin:
             senders = [transfer.sender(int(room)) for room in line.split()]
             while any(sender.state < TransferState.WAITING for sender in senders):
-                time.sleep(0.0001)
+                time.sleep(POLL_S)
             for start in range(0, shape.pages, shape.chunk_pages):
                 for index, sender in enumerate(senders):
                     sender.send(shape.pages_of(index, seed=1)[start : start + shape.chunk_pages])
@@ -138,7 +140,7 @@ class Decode:
         self._next_room += shape.rooms
         receivers = [self._transfer.receiver(room, "127.0.0.1", self._port) for room in rooms]
         while any(receiver.state < TransferState.WAITING for receiver in receivers):
-            time.sleep(0.0001)
+            time.sleep(POLL_S)
         assert self._child.stdin is not None
         self._child.stdin.write(" ".join(map(str, rooms)) + "\n")
         self._child.stdin.flush()
@@ -146,7 +148,7 @@ class Decode:
         for index, receiver in enumerate(receivers):
             receiver.receive(shape.pages_of(index, seed=2))
         while not all(receiver.state.final for receiver in receivers):
-            time.sleep(0.0001)
+            time.sleep(POLL_S)
         elapsed_s = time.perf_counter() - start_s
         assert all(receiver.state is TransferState.SUCCESS for receiver in receivers), [receiver.failure for receiver in receivers]
         return elapsed_s
@@ -157,7 +159,7 @@ class Decode:
         start_s = time.perf_counter()
         read = self._backend.read(peer, [PageRun(source=0, target=0, num_pages=self._shape.num_pages)])
         while not read.ended:
-            time.sleep(0.0001)
+            time.sleep(POLL_S)
         assert read.error is None, read.error
         return time.perf_counter() - start_s
 
