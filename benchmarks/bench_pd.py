@@ -1,229 +1,62 @@
-"""Prefill/decode disaggregation: how fast KV travels, against a bare copy through the same transport in the same run.
+"""Prefill/decode disaggregation against one server: how even the tokens come, how fast KV travels, what the handover costs.
 
-Two processes on this machine, each with a KV pool of its own (DeepSeek-V3's latent rows in bf16, pages of 64 tokens). Three ways to
-bring the same bytes from the one to the other, the first two in turns:
-  rooms      prompts in chunks, several at a time, through the whole protocol: open, announce, fetch, hand over
-  bare copy  one read of one run of pages, without any protocol: the most this transport gives (the floor of the time)
-  socket     the same bytes down a plain TCP socket into one buffer: the floor of any transport over TCP
-Pages of a prompt lie in runs of `--run-pages`, as an allocator that has worked for a while leaves them. `transfer_share` is the
-throughput of rooms over that of the bare copy, the median over the rounds.
+1. Transfers (`pd_transfer.py`): rooms through the whole protocol against a bare copy by the same transport. `transfer_share`: the
+   lowest throughput of rooms over that of the copy; target 0.8.
+2. Load (`pd_load.py`): long prompts among running decodes, on the same number of ranks: unified (tp 2, dp 2, chunked prefill) and a
+   prefill and a decode server of one rank each. `itl_p99_ratio`: the 99th percentile of the time between two tokens of running
+   requests, PD over unified; target 0.5. `handover_steps`: from the end of prefill's last chunk to the first token on
+   decode, in decode steps; target 1.3. The floor is 0 steps; a room that arrives at any time waits half a step for the running one.
 
-    python benchmarks/bench_pd.py [--backends tcp nixl] [--rooms 4] [--pages 64] [--rounds 7]
+    python benchmarks/bench_pd.py [--parts transfer load] [--backends tcp nixl] [--seconds 40] [--png FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import statistics
-import subprocess
-import sys
-import threading
-import time
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from pd_load import Load, draw, measure_load
+from pd_transfer import Shape, measure_transports
 
-from moesaic.launch.disaggregation.backends import BackendName, make_backend, missing_reason
-from moesaic.launch.disaggregation.bootstrap import BootstrapServer, registration
-from moesaic.launch.disaggregation.bootstrap_client import register_rank
-from moesaic.launch.disaggregation.directory import DecodeRank
-from moesaic.launch.disaggregation.layout import PageRun, page_runs
-from moesaic.launch.disaggregation.memory import PagedMemory
-from moesaic.launch.disaggregation.protocol import KVLayout, TransferState
-from moesaic.launch.disaggregation.receiver import DecodeTransfer
-from moesaic.launch.disaggregation.sender import PrefillTransfer
-
-NUM_LAYERS, PAGE_TOKENS, LATENT_BYTES = 8, 64, 576 * 2
-LAYOUT = KVLayout(
-    model_id="bench",
-    tp_size=1,
-    dp_size=1,
-    ep_size=1,
-    page_size=PAGE_TOKENS,
-    kv_dtype="bfloat16",
-    bytes_per_token=NUM_LAYERS * LATENT_BYTES,
-    num_layers=NUM_LAYERS,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """How much is sent and how it is cut up, in pages."""
-
-    rooms: int
-    pages: int
-    run_pages: int
-    chunk_pages: int
-
-    @property
-    def num_pages(self) -> int:
-        return self.rooms * self.pages
-
-    def pages_of(self, room: int, seed: int) -> np.ndarray:
-        """The pages of a room: runs of `run_pages`, the runs in random order over the pool."""
-        runs = np.random.default_rng(seed).permutation(self.num_pages // self.run_pages)
-        pages = (runs[:, None] * self.run_pages + np.arange(self.run_pages)).ravel()
-        return pages[room * self.pages : (room + 1) * self.pages]
-
-
-def make_memory(num_pages: int, value: int) -> PagedMemory:
-    """Every page touched: a first write would cost more than the transfer."""
-    return PagedMemory([np.full((num_pages, PAGE_TOKENS * LATENT_BYTES), value, dtype=np.uint8) for _ in range(NUM_LAYERS)])
-
-
-# The prefill process: one line of rooms' numbers on standard input is one round
-
-
-def serve(name: BackendName, shape: Shape) -> None:
-    memory = make_memory(shape.num_pages, 7)
-    backend = make_backend(name, memory)
-    with BootstrapServer(port=0) as bootstrap, socket.create_server(("127.0.0.1", 0)) as listener:
-        transfer = PrefillTransfer(instance="bench", rank=0, layout=LAYOUT, memory=memory, backend=backend)
-        place = registration(LAYOUT, instance="bench", dp_rank=0, attn_tp_rank=0, address=transfer.address)
-        register_rank(f"127.0.0.1:{bootstrap.address[1]}", place)
-        threading.Thread(target=serve_socket, args=(listener, memory), daemon=True).start()
-        print("ready", bootstrap.address[1], listener.getsockname()[1], flush=True)
-        for line in sys.stdin:
-            senders = [transfer.sender(int(room)) for room in line.split()]
-            while any(sender.state < TransferState.WAITING for sender in senders):
-                time.sleep(0.0001)
-            for start in range(0, shape.pages, shape.chunk_pages):
-                for index, sender in enumerate(senders):
-                    sender.send(shape.pages_of(index, seed=1)[start : start + shape.chunk_pages])
-            for sender in senders:
-                sender.finish(b"first token")
-        transfer.close()
-
-
-def serve_socket(listener: socket.socket, memory: PagedMemory) -> None:
-    """The whole pool down the socket for each byte that comes in."""
-    connection, _ = listener.accept()
-    while connection.recv(1):
-        for view in memory.views(0, memory.num_pages):
-            connection.sendall(view)
-
-
-# The decode process
-
-
-class Decode:
-    """Times the three ways."""
-
-    def __init__(self, name: BackendName, shape: Shape, child: subprocess.Popen[str]) -> None:
-        self._shape, self._child = shape, child
-        assert child.stdout is not None
-        _, bootstrap, plain = next(line for line in child.stdout if line.startswith("ready")).split()
-        self._port = int(bootstrap)
-        self._plain = socket.create_connection(("127.0.0.1", int(plain)))
-        self._memory = make_memory(shape.num_pages, 1)
-        self._backend = make_backend(name, self._memory)
-        rank = DecodeRank(instance="bench-decode", rank=0, layout=LAYOUT)
-        self._transfer = DecodeTransfer(rank=rank, memory=self._memory, backend=self._backend)
-        self._next_room = 0
-
-    def rooms_s(self) -> float:
-        """From opening the rooms to the last one's success."""
-        shape = self._shape
-        rooms = range(self._next_room, self._next_room + shape.rooms)
-        self._next_room += shape.rooms
-        receivers = [self._transfer.receiver(room, "127.0.0.1", self._port) for room in rooms]
-        while any(receiver.state < TransferState.WAITING for receiver in receivers):
-            time.sleep(0.0001)
-        assert self._child.stdin is not None
-        self._child.stdin.write(" ".join(map(str, rooms)) + "\n")
-        self._child.stdin.flush()
-        start_s = time.perf_counter()
-        for index, receiver in enumerate(receivers):
-            receiver.receive(shape.pages_of(index, seed=2))
-        while not all(receiver.state.final for receiver in receivers):
-            time.sleep(0.0001)
-        elapsed_s = time.perf_counter() - start_s
-        assert all(receiver.state is TransferState.SUCCESS for receiver in receivers), [receiver.failure for receiver in receivers]
-        return elapsed_s
-
-    def bare_s(self) -> float:
-        """One read of the same number of pages in one run, by the connection that the rooms use."""
-        (peer,) = self._transfer.backend._peers  # type: ignore[attr-defined]
-        start_s = time.perf_counter()
-        read = self._backend.read(peer, [PageRun(source=0, target=0, num_pages=self._shape.num_pages)])
-        while not read.ended:
-            time.sleep(0.0001)
-        assert read.error is None, read.error
-        return time.perf_counter() - start_s
-
-    def socket_s(self) -> float:
-        start_s = time.perf_counter()
-        self._plain.sendall(b"!")
-        for view in self._memory.views(0, self._memory.num_pages):
-            received = 0
-            while received < len(view):
-                received += self._plain.recv_into(view[received:], 0, socket.MSG_WAITALL)
-        return time.perf_counter() - start_s
-
-    def check(self) -> None:
-        """The bytes are there."""
-        assert all(view[0] == view[-1] == 7 for view in self._memory.views(0, self._memory.num_pages))
-
-    def close(self) -> None:
-        self._plain.close()
-        self._transfer.close()
-
-
-def measure(name: BackendName, shape: Shape, rounds: int) -> dict[str, float]:
-    """Medians over the rounds, after one that warms up: GB/s of each way, and the share."""
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in vars(shape).items()]
-    command = [sys.executable, "-P", __file__, "--serve", name, *sizes]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        decode = Decode(name, shape, child)
-        decode.rooms_s(), decode.bare_s()
-        # The socket comes last: it would leave the caches to one of the other two in every round.
-        times = [(decode.rooms_s(), decode.bare_s()) for _ in range(rounds)]
-        plain_s = [decode.socket_s() for _ in range(rounds)]
-        decode.check()
-        decode.close()
-    finally:
-        child.kill()
-        child.communicate()
-    num_bytes = shape.num_pages * PAGE_TOKENS * LATENT_BYTES * NUM_LAYERS
-    ways = (*zip(*times, strict=True), plain_s)
-    rooms, bare, plain = (num_bytes / statistics.median(way) / 1e9 for way in ways)
-    share = statistics.median(bare_s / rooms_s for rooms_s, bare_s in times)
-    return {"rooms_gb_s": rooms, "bare_gb_s": bare, "socket_gb_s": plain, "share": share}
+PNG = Path(__file__).parent / "results" / "pd-itl.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", nargs="+", default=["tcp", "nixl"], choices=["tcp", "nixl", "mooncake"])
-    parser.add_argument("--rooms", type=int, default=4)
-    parser.add_argument("--pages", type=int, default=64, help="per room")
-    parser.add_argument("--run-pages", type=int, default=8)
-    parser.add_argument("--chunk-pages", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--serve", choices=["tcp", "nixl", "mooncake"], help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", default=["transfer", "load"], choices=["transfer", "load"])
+    transfer = parser.add_argument_group("transfer")
+    transfer.add_argument("--backends", nargs="+", default=["tcp", "nixl"], choices=["tcp", "nixl", "mooncake"])
+    transfer.add_argument("--rooms", type=int, default=4)
+    transfer.add_argument("--pages", type=int, default=64, help="per room")
+    transfer.add_argument("--run-pages", type=int, default=8)
+    transfer.add_argument("--chunk-pages", type=int, default=16)
+    transfer.add_argument("--layers", type=int, default=61, help="of latent KV [%(default)s, DeepSeek-V3's]")
+    transfer.add_argument("--rounds", type=int, default=7)
+    load = parser.add_argument_group("load")
+    load.add_argument("--seconds", type=float, default=40.0, help="of load on each of the two")
+    load.add_argument("--running", type=int, default=8, help="requests that decode at any time")
+    load.add_argument("--long-tokens", type=int, default=1800, help="tokens of a long prompt")
+    load.add_argument("--interval", type=float, default=2.0, help="seconds between two long prompts")
+    load.add_argument("--chunk", type=int, help="prompt tokens per step, of each prefilling rank (what the server takes by itself)")
+    load.add_argument("--png", type=Path, default=PNG, help="where to draw the times between tokens [%(default)s]")
     args = parser.parse_args()
-    shape = Shape(rooms=args.rooms, pages=args.pages, run_pages=args.run_pages, chunk_pages=args.chunk_pages)
-    if args.serve:
-        serve(args.serve, shape)
-        return
-    num_runs = sum(len(page_runs(shape.pages_of(room, 1), shape.pages_of(room, 2))) for room in range(shape.rooms))
-    megabytes = shape.num_pages * PAGE_TOKENS * LATENT_BYTES * NUM_LAYERS / 1e6
-    print(f"{shape.rooms} rooms of {shape.pages} pages, {megabytes:.0f} MB in {num_runs} runs; chunks of {shape.chunk_pages} pages")
-    print(f"{'transport':<12}{'rooms GB/s':>12}{'bare GB/s':>12}{'socket GB/s':>13}{'share':>8}")
-    results: dict[str, dict[str, float]] = {}
-    for name in args.backends:
-        reason = missing_reason(name)
-        if reason is not None:
-            print(f"{name:<12}not measured: {reason}")
-            continue
-        found = results[name] = measure(name, shape, args.rounds)
-        row = f"{found['rooms_gb_s']:>12.2f}{found['bare_gb_s']:>12.2f}{found['socket_gb_s']:>13.2f}{found['share']:>8.2f}"
-        print(f"{name:<12}{row}", flush=True)
-    shares = {name: round(found["share"], 3) for name, found in results.items()}
-    print(json.dumps({"transfer_share": min(shares.values()), "transfer_share_by_transport": shares}))
+    result: dict[str, Any] = {}
+    if "transfer" in args.parts:
+        shape = Shape(
+            rooms=args.rooms, pages=args.pages, run_pages=args.run_pages, chunk_pages=args.chunk_pages, layers=args.layers
+        )
+        shares = measure_transports(args.backends, shape, args.rounds)
+        result |= {"transfer_share": min(shares.values(), default=None), "transfer_share_by_transport": shares}
+    if "load" in args.parts:
+        case = Load(
+            seconds=args.seconds, running=args.running, long_tokens=args.long_tokens, interval_s=args.interval, chunk=args.chunk
+        )
+        unified, pd = measure_load(case)
+        draw(case, unified, pd, args.png)
+        result |= {"itl_p99_ratio": round(pd.itl_p99_s / unified.itl_p99_s, 3), **pd.handover_figures()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

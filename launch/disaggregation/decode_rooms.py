@@ -8,6 +8,7 @@ no read that was begun can write to them any more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -54,6 +55,8 @@ class DecodeRooms:
         self._rooms: RoomList[DecodeEntry] = RoomList(_see)
         self._num_failed = 0
         self._last: TransferStats | None = None
+        self._handover_s = 0.0
+        self._placed: list[DecodeEntry] = []
 
     @property
     def num_open(self) -> int:
@@ -71,6 +74,7 @@ class DecodeRooms:
             num_failed=self._num_failed,
             speed_gb_s=last.num_bytes / last.seconds / 1e9 if last is not None and last.seconds else 0.0,
             latency_ms=0.0 if last is None else last.seconds * 1e3,
+            handover_ms=self._handover_s * 1e3,
         )
 
     def take(self, request: GenerateRequest) -> None:
@@ -92,7 +96,8 @@ class DecodeRooms:
         self._transfer.thread.check()
         return self._rooms.word()
 
-    def settle(self, words: Many[int]) -> None:
+    def settle(self, words: Many[int], *, forward_runs: bool) -> None:
+        self._open_placed()
         for verdict in self._rooms.verdicts(words):
             entry = verdict.entry
             if verdict.failed_rank is not None:
@@ -106,6 +111,8 @@ class DecodeRooms:
                 self._rooms.remove(entry)
                 self._scheduler.remove(entry.rid)
         self._place()
+        if not forward_runs:
+            self._open_placed()
 
     def chunk_settled(self, chunk: Chunk) -> None:
         """Chunks run here when a sequence was sent back: nobody else's business."""
@@ -121,10 +128,19 @@ class DecodeRooms:
             entry.sequence = self._scheduler.place(entry.request)
             if entry.sequence is None:
                 return
-            assert entry.end is not None
-            num_cached = entry.sequence.num_settled // self._scheduler.config.page_size
-            entry.end.receive(self._scheduler.table.page_row(entry.sequence.slot)[num_cached:], num_cached)
             entry.stage = Stage.TRANSFER
+            self._placed.append(entry)
+
+    def _open_placed(self) -> None:
+        """Have pages fetched, now that no forward can write to them: one launched before they were freed is not in a transfer's
+        order, as it is in that of later forwards.
+        """
+        placed, self._placed = self._placed, []
+        for entry in placed:
+            if entry.stage is Stage.TRANSFER:
+                assert entry.sequence is not None and entry.end is not None
+                num_cached = entry.sequence.num_settled // self._scheduler.config.page_size
+                entry.end.receive(self._scheduler.table.page_row(entry.sequence.slot)[num_cached:], num_cached)
 
     def _start(self, entry: DecodeEntry) -> None:
         sequence, end = entry.sequence, entry.end
@@ -147,6 +163,8 @@ class DecodeRooms:
         sequence.prompt_logprobs.extend(handover.prompt_logprobs)
         self._scheduler.start_decoding(sequence, handover.token_id)
         self._results.first_token(sequence, handover.token_id, handover.logprobs)
+        if handover.computed_at:
+            self._handover_s = max(0.0, time.time() - handover.computed_at)
 
     def _give_up(self, entry: DecodeEntry, reason: str) -> None:
         entry.give_up(reason)

@@ -13,11 +13,13 @@ from moesaic.launch.engine.messages import TokenLogprobs
 class Handover(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`token_id` is the token sampled from the prompt. `cached_tokens`: the prompt's prefix hit on prefill.
 
+    `computed_at`: when the last chunk was there, in seconds since 1970 by the prefill machine's clock (0: not said).
     `hidden_state`: the last prompt row's, raw bytes in `hidden_dtype`, for drafting (empty: none is sent).
     """
 
     token_id: int
     cached_tokens: int = 0
+    computed_at: float = 0.0
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     hidden_state: bytes = b""

@@ -8,6 +8,7 @@ may be reading it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -88,7 +89,7 @@ class PrefillRooms:
         self._transfer.thread.check()
         return self._rooms.word()
 
-    def settle(self, words: Many[int]) -> None:
+    def settle(self, words: Many[int], *, forward_runs: bool) -> None:
         for verdict in self._rooms.verdicts(words):
             entry = verdict.entry
             if verdict.failed_rank is not None:
@@ -119,6 +120,7 @@ class PrefillRooms:
         handover = Handover(
             token_id=token,
             cached_tokens=sequence.cached_tokens,
+            computed_at=time.time(),
             logprobs=logprobs,
             prompt_logprobs=tuple(sequence.prompt_logprobs),
         )

@@ -28,6 +28,8 @@ _REQUEST = struct.Struct("<4sQI")
 _RUN = struct.Struct("<II")
 _ANSWER = struct.Struct("<4sQIIQ")
 MAX_RUNS = 1 << 20
+MAX_VIEWS = 512
+"""Pieces of memory per system call; Linux takes 1024."""
 CONNECT_S = 3.0
 _CLOSE_S = 5.0
 
@@ -199,8 +201,7 @@ class _Peer:
                 raise WireError(text.decode(errors="replace"))
             if length != run.num_pages * self._memory.page_bytes:
                 raise WireError(f"a run of {run.num_pages} pages has {length} bytes, not {run.num_pages * self._memory.page_bytes}")
-            for view in self._memory.views(run.target, run.num_pages):
-                _fill(connection, view)
+            _fill_all(connection, self._memory.views(run.target, run.num_pages))
 
     def _end(self, read: TcpRead, error: str | None) -> None:
         read.end(error)
@@ -281,13 +282,36 @@ class _Server:
             connection.sendall(_ANSWER.pack(MAGIC, number, index, 1, len(text)) + text)
             return
         length = num_pages * self._memory.page_bytes
-        connection.sendall(_ANSWER.pack(MAGIC, number, index, 0, length))
-        for view in views:
-            connection.sendall(view)
+        _send_all(connection, [memoryview(_ANSWER.pack(MAGIC, number, index, 0, length)), *views])
 
 
 def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _send_all(connection: socket.socket, views: list[memoryview]) -> None:
+    """All of the views in as few calls as there can be: each costs a wait for Python's lock, which a forward may hold."""
+    while views:
+        views = _rest(views, connection.sendmsg(views[:MAX_VIEWS]))
+
+
+def _fill_all(connection: socket.socket, views: list[memoryview]) -> None:
+    """As `_fill`, into several views, in as few calls as there can be."""
+    length = sum(map(len, views))
+    while views:
+        count, _, _, _ = connection.recvmsg_into(views[:MAX_VIEWS], 0, socket.MSG_WAITALL)
+        if count == 0:
+            raise WireError(f"the connection ended when {length - sum(map(len, views))} of {length} bytes of a run had come")
+        views = _rest(views, count)
+
+
+def _rest(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of the views after so many bytes."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []
 
 
 def _fill(connection: socket.socket, view: memoryview) -> None:

@@ -20,7 +20,15 @@ from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.controls import Controls
 from moesaic.launch.engine.logprob_rows import wanted_of_prompts, wanted_of_sampled
-from moesaic.launch.engine.messages import AbortRequest, Control, ControlReply, GenerateRequest, LoadReport, RequestOutput
+from moesaic.launch.engine.messages import (
+    AbortRequest,
+    Control,
+    ControlReply,
+    GenerateRequest,
+    LoadReport,
+    RequestOutput,
+    every_output,
+)
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.overlap_vote import SplitProposal, propose_split
 from moesaic.launch.engine.pipeline import Pipeline
@@ -121,6 +129,16 @@ class RankEngine:
         """Queue a command; it is carried out in the step in which every rank has it."""
         self._commands.append(command)
 
+    def advance_rooms(self) -> list[RequestOutput]:
+        """Before a step, in a DP group of one rank: nobody's word but its own is needed, so rooms move on at once, and a sequence
+        that has come decodes in this step. Returns what is to be sent now, its first token for one: a forward is long.
+        """
+        if self._rooms is None or self._rules.attn_tp_size > 1 or not self._rooms.num_open:
+            return []
+        self._rooms.settle([self._rooms.word()], forward_runs=bool(self._pipeline))
+        outputs, rids, tokens = self.results.take()
+        return list(every_output(outputs, rids, tokens))
+
     def step(self, num_messages: int = 0) -> StepResult:
         """One lockstep step. `num_messages`: see StepHeader. Collective. Raises whatever ends this rank."""
         self.activity.step += 1
@@ -138,8 +156,8 @@ class RankEngine:
             self._pipeline.launch(*self._job(plan, step))
         replies = self._carry_out() if step.control else []
         self._pipeline.collect(leave=1 if self._leaves_under_way(step) else 0)
-        if self._rooms is not None:
-            self._rooms.settle([header.rooms for header in headers[self._group]])
+        if self._rooms is not None and self._rules.attn_tp_size > 1:
+            self._rooms.settle([header.rooms for header in headers[self._group]], forward_runs=bool(self._pipeline))
         outputs, rids, tokens = self.results.take()
         return StepResult(step=step, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
 
@@ -189,7 +207,7 @@ class RankEngine:
             first_logits=proposal.first_logits,
             control=self._commands[0].control_id if self._commands else 0,
             rebalance=0 if manager is None else manager.word(),
-            rooms=0 if self._rooms is None else self._rooms.word(),
+            rooms=0 if self._rooms is None or self._rules.attn_tp_size == 1 else self._rooms.word(),
             has_work=self._has_work(),
             stop=self._controls.stop,
         )

@@ -158,8 +158,8 @@ class RoomLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Requests of a DP rank by the queue of disaggregation they are in, and what has become of those before.
 
     prefill: bootstrap (no decode instance has opened the room yet), inflight (computed, pages held for decode). decode: prealloc
-    (no pages yet), transfer. num_failed: since the start. Of the last transfers: speed in GB/s and latency in ms, 0 before the
-    first.
+    (no pages yet), transfer. num_failed: since the start. Of the last transfers: speed in GB/s and latency in ms, and the ms
+    from the end of prefill's last chunk to the first token on decode, by the two machines' clocks; 0 before the first.
     """
 
     num_bootstrap: int = 0
@@ -169,6 +169,7 @@ class RoomLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_failed: int = 0
     speed_gb_s: float = 0.0
     latency_ms: float = 0.0
+    handover_ms: float = 0.0
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -115,6 +115,7 @@ class RankProcess:
             for command in self._inbox.controls():
                 engine.control(command)
             announced = self._announce(engine)
+            self._advance_rooms(engine)
             result = engine.step(num_messages=len(announced))
             self._apply_announced(engine, announced, result)
             self._send(engine, result)
@@ -135,6 +136,13 @@ class RankProcess:
             return []
         return self._inbox.requests() if place.is_leader else []
 
+    def _advance_rooms(self, engine: RankEngine) -> None:
+        """What has come of transfers is not kept back until the step has ended."""
+        outputs = engine.advance_rooms()
+        if outputs:
+            self._last_load = engine.load(self._spec.place.dp_rank)
+            self._outbox.send(StepOutputs(dp_rank=self._spec.place.dp_rank, outputs=outputs, load=self._last_load))
+
     def _apply_announced(self, engine: RankEngine, announced: list[RequestMessage], result: StepResult) -> None:
         place = self._spec.place
         if self._spec.topology.attn_tp_size > 1 and not place.is_leader:
@@ -148,9 +156,11 @@ class RankProcess:
             return
         dp_rank = self._spec.place.dp_rank
         load = engine.load(dp_rank)
-        # Steps that only wait for transfers are many: they have news when the load is another one.
-        waits = result.step.idle and self._spec.role is not None
-        if result.outputs or result.rids or (not result.step.quiet and not (waits and load == self._last_load)):
+        # Steps that only wait for transfers are many: they have news when the load is another one. It may be in a quiet step too,
+        # when the last room has ended before it.
+        has_role = self._spec.role is not None
+        waits = result.step.idle if has_role else result.step.quiet
+        if result.outputs or result.rids or not waits or (has_role and load != self._last_load):
             outputs = StepOutputs(dp_rank=dp_rank, outputs=result.outputs, rids=result.rids, tokens=result.tokens, load=load)
             self._outbox.send(outputs)
             self._last_load = load

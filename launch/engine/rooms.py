@@ -41,8 +41,11 @@ class Rooms(Protocol):
         """What this rank sees of its rooms, for the step header; once per step."""
         ...
 
-    def settle(self, words: Many[int]) -> None:
-        """The words of all ranks of the DP group, in rank order, in the step of `word`."""
+    def settle(self, words: Many[int], *, forward_runs: bool) -> None:
+        """The words of all ranks of the DP group, in rank order, in the step of `word`.
+
+        `forward_runs`: a step is under way, and may still write to pages freed since its launch; it has ended by the next call.
+        """
         ...
 
     def chunk_settled(self, chunk: Chunk) -> None:

@@ -86,6 +86,11 @@ class _Rooms(Collector):
             ("num_decode_transfer_queue_reqs", "Requests whose pages are being fetched", attrgetter("num_transfer")),
             ("kv_transfer_speed_gb_s", "Speed of the last transfer", attrgetter("speed_gb_s")),
             ("kv_transfer_latency_ms", "Duration of the last transfer", attrgetter("latency_ms")),
+            (
+                "kv_handover_latency_ms",
+                "From the end of prefill's last chunk to the first token here, by the two machines' clocks, of the last request",
+                attrgetter("handover_ms"),
+            ),
         ]
 
 

@@ -16,6 +16,8 @@ from pd_servers import PdPair, next_room, pd_pair
 from router_process import pd_router
 from tiny_models import TinyModel
 
+from moesaic.launch.disaggregation.backends import missing_reason
+
 PROMPTS = [[9, 8, 7, 6], [11] * 20, list(range(40, 110)), [300, 200, 100, 50, 25], [*range(40, 110), 7, 8, 9]]
 TORCH_EP = ("--moe-a2a-backend", "torch")
 DP2_EP2 = ("--tp", "2", "--dp", "2", "--enable-dp-attention", *TORCH_EP)
@@ -85,6 +87,18 @@ def test_layouts_may_differ(
         batch = {**greedy(PROMPTS, 5), **pair.room([next_room() for _ in PROMPTS])}
         answers = pair.both("/generate", batch)[1].json()
         assert [answer["output_ids"] for answer in answers] == [model.greedy(prompt, 5) for prompt in PROMPTS]
+        wait_for(lambda: pair.used_tokens() == 0, 20)
+
+
+@pytest.mark.skipif(missing_reason("nixl") is not None, reason=str(missing_reason("nixl")))
+def test_whole_servers_hand_over_through_nixl(model: TinyModel, tmp_path: Path) -> None:
+    nixl = ("--disaggregation-transfer-backend", "nixl")
+    checked = (*nixl, "--disaggregation-checksum")
+    with pd_pair(model.folder, tmp_path, (*nixl, "--chunked-prefill-size", "16"), checked) as pair:
+        check_tokens(pair, model)
+        with pair.decode.client() as client:
+            rows = {row["capability"]: row["chosen"] for row in client.get("/server_info").json()["resolution"]}
+            assert rows["KV transfer"] == "nixl"
         wait_for(lambda: pair.used_tokens() == 0, 20)
 
 

@@ -39,9 +39,9 @@ def post(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
         return client.post("/generate", json=body)
 
 
-def start_prefill(model: TinyModel, log: Path, bootstrap_port: int, port: int) -> LiveServer:
+def start_prefill(model: TinyModel, log: Path, bootstrap_port: int, port: int, *, chunk: int = 16) -> LiveServer:
     flags = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port))
-    server = LiveServer(model.folder, log, *flags, "--max-total-tokens", "2048", "--chunked-prefill-size", "16", port=port)
+    server = LiveServer(model.folder, log, *flags, "--max-total-tokens", "2048", "--chunked-prefill-size", str(chunk), port=port)
     server.wait_ready()
     return server
 
@@ -90,15 +90,39 @@ def test_a_dead_prefill_fails_its_requests_and_no_others(pair: PdPair, model: Ti
         assert part in message, message
     wait_for(lambda: pair.used_tokens() == 0, 20)
 
-    returned = start_prefill(model, tmp_path / "returned.log", bootstrap_port, port)
+    returned = start_prefill(model, tmp_path / "returned.log", bootstrap_port, port, chunk=1)
     try:
         again = {**greedy(PROMPT, 6), **known, "bootstrap_room": next_room()}
         with ThreadPoolExecutor(2) as threads:
             prefilled, decoded = threads.submit(post, returned, again), threads.submit(post, pair.decode, again)
             assert (prefilled.result().status_code, decoded.result().status_code) == (200, 200), decoded.result().text
             assert decoded.result().json()["output_ids"] == model.greedy(PROMPT, 6)
+        check_killed_between_pages(pair, returned, known)
     finally:
         returned.stop()
+
+
+def check_killed_between_pages(pair: PdPair, prefill: LiveServer, known: dict[str, Any]) -> None:
+    """A prompt computed token by token takes long, and its pages leave one by one: killed half-way, some of them have been read."""
+    durations = []
+    for kills in (False, True):
+        room = next_room()
+        body = {**greedy([300 + kills, *range(20, 220)], 4), **known, "bootstrap_room": room}
+        with ThreadPoolExecutor(2) as threads:
+            begun = time.monotonic()
+            prefilling, decoding = threads.submit(post, prefill, body), threads.submit(post, pair.decode, body)
+            if kills:
+                time.sleep(durations[0] / 2)
+                kill(prefill)
+                assert prefilling.exception() is not None
+            else:
+                assert prefilling.result().status_code == 200
+            durations.append(time.monotonic() - begun)
+            answer = decoding.result()
+    assert answer.status_code == 503, answer.text
+    message = answer.json()["error"]["message"]
+    assert f"room {room}" in message and "in state transferring" in message, message
+    wait_for(lambda: pair.decode.used_tokens() == 0, 20)
 
 
 def test_the_router_goes_on_with_the_prefill_that_is_left(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Side:
     finished: dict[int, Finished] = field(default_factory=dict)
 
     def step(self) -> None:
+        collect(self.finished, self.engine.advance_rooms())
         result = self.engine.step()
         collect(self.finished, every_output(result.outputs, result.rids, result.tokens))
 

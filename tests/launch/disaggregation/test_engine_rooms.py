@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,6 +40,18 @@ def test_pages_travel_while_later_chunks_compute(engines: Engines, model: TinyMo
 
     assert engines.decode.finished[1].tokens == model.greedy(PROMPT, 4)
     assert (engines.prefill.finished[1].tokens, engines.prefill.finished[1].finish_reason) == ([], "length")
+
+
+def test_the_handover_is_timed_from_the_last_chunk_to_the_first_token(engines: Engines) -> None:
+    engines.backend.held = True
+    engines.send(engines.request(1, PROMPT, 4))
+    engines.step_until(lambda: engines.prefill.stages() == ["INFLIGHT"])
+    time.sleep(0.05)
+    engines.backend.held = False
+    engines.backend.release()
+    engines.step_to_rest()
+
+    assert 50 <= engines.decode.rooms.load().handover_ms < 5000
 
 
 def test_prefixes_are_found_on_both_sides(engines: Engines, model: TinyModel) -> None:
@@ -130,6 +143,22 @@ def test_no_page_is_given_away_while_a_read_may_still_write_to_it(engines: Engin
     engines.backend.release()
     engines.step_until(lambda: not engines.decode.stages())
     assert engines.decode.used_pages == 0
+
+
+def test_no_page_is_fetched_into_while_a_forward_may_still_write_to_it(engines: Engines, model: TinyModel) -> None:
+    engines.send(engines.request(1, PROMPT[:4], 50))
+    engines.step_until(lambda: not engines.decode.stages() and not engines.prefill.stages())
+    engines.send(engines.request(2, PROMPT, 4))
+    time.sleep(0.05)
+    while "TRANSFER" not in engines.decode.stages():
+        engines.decode.step()
+    time.sleep(0.05)
+    engines.prefill.step()
+    assert engines.decode.engine.scheduler.num_running == 2
+    assert engines.prefill.stages() == ["BOOTSTRAP"], "a step was under way when the room got its pages"
+
+    engines.step_to_rest()
+    assert engines.decode.finished[2].tokens == model.greedy(PROMPT, 4)
 
 
 def test_a_request_that_never_fits_is_told_on_both_sides(engines: Engines) -> None:

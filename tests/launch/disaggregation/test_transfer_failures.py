@@ -350,7 +350,7 @@ def piece(run: int = 0, length: int = 768) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (piece() + bytes(100), "the connection ended when 100 of 256 bytes"),
+        (piece() + bytes(100), "the connection ended when 100 of 768 bytes"),
         (piece(run=1), "run 1 of read 0 came, expected run 0 of read 0"),
         (piece() + bytes(768) + piece(), "run 0 of read 0 came, expected run 1 of read 0"),
         (piece(length=1 << 40), "has 1099511627776 bytes, not 768"),
