@@ -135,9 +135,13 @@ class RankEngine:
         """
         if self._rooms is None or self._rules.attn_tp_size > 1 or not self._rooms.num_open:
             return []
-        self._rooms.settle([self._rooms.word()], forward_runs=bool(self._pipeline))
+        self._settle_rooms(self._rooms, [self._rooms.word()])
         outputs, rids, tokens = self.results.take()
         return list(every_output(outputs, rids, tokens))
+
+    def _settle_rooms(self, rooms: Rooms, words: list[int]) -> None:
+        self._pipeline.clear_spoiled_pages(self._device)
+        rooms.settle(words, forward_runs=bool(self._pipeline))
 
     def step(self, num_messages: int = 0) -> StepResult:
         """One lockstep step. `num_messages`: see StepHeader. Collective. Raises whatever ends this rank."""
@@ -157,7 +161,7 @@ class RankEngine:
         replies = self._carry_out() if step.control else []
         self._pipeline.collect(leave=1 if self._leaves_under_way(step) else 0)
         if self._rooms is not None and self._rules.attn_tp_size > 1:
-            self._rooms.settle([header.rooms for header in headers[self._group]], forward_runs=bool(self._pipeline))
+            self._settle_rooms(self._rooms, [header.rooms for header in headers[self._group]])
         outputs, rids, tokens = self.results.take()
         return StepResult(step=step, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
 

@@ -65,6 +65,12 @@ class Pipeline:
         self._spoiled.clear()
         return torch.from_numpy(pages.astype(np.int64)).to(device)
 
+    def clear_spoiled_pages(self, device: torch.device) -> None:
+        """Clear them now, since others than steps may write to pages. Waits for what is under way, if there are any."""
+        if self._spoiled:
+            self.collect()
+            self._runner.clear(self.take_spoiled_pages(device))
+
     def _bring_in(self, step: _UnderWay) -> None:
         self._activity.wait_for_forward()
         outcome = step.pending.result()

@@ -86,6 +86,10 @@ class StepRunner:
         self._activity = activity
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=runner.config.device)
 
+    def clear(self, pages: Tensor) -> None:
+        """Zero the KV of pages int64 [P]. No job is under way."""
+        self._runner.clear_pages(pages)
+
     def run(self, job: StepJob) -> StepOutcome:
         """Collective. Raises whatever can't be confined to the step."""
         self._activity.enter_forward(f"forward ({job.inputs.plan.mode.value} dispatch)", job.step)

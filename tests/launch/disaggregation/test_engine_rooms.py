@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from engine_jobs import EngineSettings
 from pd_engines import Engines, abort, pd_engines
 from tiny_models import TinyModel
+from torch import Tensor
+
+from moesaic.overlap.operations import Operation, OperationError
 
 PROMPT = list(range(20, 50))
 
@@ -159,6 +163,27 @@ def test_no_page_is_fetched_into_while_a_forward_may_still_write_to_it(engines: 
 
     engines.step_to_rest()
     assert engines.decode.finished[2].tokens == model.greedy(PROMPT, 4)
+
+
+def test_pages_of_a_failed_step_are_cleared_before_others_fetch_into_them(
+    engines: Engines, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.send(engines.request(1, PROMPT, 30))
+    engines.step_until(lambda: not engines.decode.stages())
+    engines.send(engines.request(2, PROMPT[::-1], 4))
+    engines.step_until(lambda: engines.decode.stages() == ["PREALLOC"])
+    runner = engines.decode.engine.runner
+    forward = runner.forward
+
+    def fail_once(*_: Any) -> Tensor:
+        monkeypatch.setattr(runner, "forward", forward)
+        raise OperationError(Operation("experts", print, 1), None, ValueError("boom"), fatal=False)
+
+    monkeypatch.setattr(runner, "forward", fail_once)
+    engines.step_to_rest()
+
+    assert engines.decode.finished[1].finish_reason == "abort"
+    assert engines.decode.finished[2].tokens == model.greedy(PROMPT[::-1], 4)
 
 
 def test_a_request_that_never_fits_is_told_on_both_sides(engines: Engines) -> None:
