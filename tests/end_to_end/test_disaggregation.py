@@ -76,8 +76,11 @@ def test_tokens_are_those_of_one_server(pair: PdPair, model: TinyModel) -> None:
 
 @pytest.mark.parametrize(
     ("prefill_flags", "decode_flags"),
-    [(DP2_EP2, ()), ((), ATTENTION_TP2), (ATTENTION_TP2, DP2_EP2)],
-    ids=["dp2 ep2 to tp1", "tp1 to attention tp2", "attention tp2 to dp2 ep2"],
+    [
+        pytest.param(DP2_EP2, (), id="dp2 ep2 to tp1", marks=pytest.mark.whole),
+        pytest.param((), ATTENTION_TP2, id="tp1 to attention tp2", marks=pytest.mark.whole),
+        pytest.param(ATTENTION_TP2, DP2_EP2, id="attention tp2 to dp2 ep2"),
+    ],
 )
 def test_layouts_may_differ(
     prefill_flags: tuple[str, ...], decode_flags: tuple[str, ...], model: TinyModel, tmp_path: Path
