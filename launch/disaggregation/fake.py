@@ -1,4 +1,4 @@
-"""Transfers that are none: rooms of warm-up requests, and a backend for tests that copies within one process when it is told to.
+"""A backend for tests: copies within one process, when it is told to.
 
 `FakeBackend` finds its peers in a table of this process. Reads are copied at once, or, while it is `held`, when it is released: so
 a test decides when a transfer is slow and can look at what happens meanwhile.
@@ -9,72 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 
-import numpy.typing as npt
-
 from moesaic.launch.disaggregation.layout import PageRun
 from moesaic.launch.disaggregation.memory import PagedMemory
-from moesaic.launch.disaggregation.protocol import TransferError, TransferState
-from moesaic.launch.disaggregation.rooms import RoomProgress
 
 _numbers = count()
 _memories: dict[bytes, PagedMemory] = {}
-
-
-class WarmupSender:
-    """A room that no decode rank opens: it succeeds with its last page."""
-
-    def __init__(self, room: int, owner: str) -> None:
-        self.room = room
-        self._progress = RoomProgress(room, owner)
-        self._progress.advance(TransferState.WAITING)
-
-    @property
-    def state(self) -> TransferState:
-        return self._progress.state
-
-    @property
-    def failure(self) -> TransferError | None:
-        return self._progress.failure
-
-    def send(self, pages: npt.ArrayLike) -> None:
-        """Nobody reads them."""
-
-    def finish(self, metadata: bytes) -> None:
-        if not self.state.final:
-            self._progress.advance(TransferState.SUCCESS)
-
-    def abort(self, reason: str) -> None:
-        self._progress.give_up(reason)
-
-
-class WarmupReceiver:
-    """A room that no prefill instance serves: its pages are taken as they are. `metadata` is empty."""
-
-    metadata = b""
-
-    def __init__(self, room: int, owner: str) -> None:
-        self.room = room
-        self._progress = RoomProgress(room, owner)
-        self._progress.advance(TransferState.WAITING)
-
-    @property
-    def state(self) -> TransferState:
-        return self._progress.state
-
-    @property
-    def failure(self) -> TransferError | None:
-        return self._progress.failure
-
-    @property
-    def quiet(self) -> bool:
-        return self.state.final
-
-    def receive(self, pages: npt.ArrayLike, first_index: int = 0) -> None:
-        if not self.state.final:
-            self._progress.advance(TransferState.SUCCESS)
-
-    def abort(self, reason: str) -> None:
-        self._progress.give_up(reason)
 
 
 class FakeRead:

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.launch.disaggregation.directory import DecodeRank, PrefillDirectory, Route, Source
-from moesaic.launch.disaggregation.fake import WarmupReceiver
 from moesaic.launch.disaggregation.layout import IntArray, page_runs, pages_of_source
 from moesaic.launch.disaggregation.loop_thread import LoopThread
 from moesaic.launch.disaggregation.memory import PagedMemory
@@ -35,6 +34,7 @@ from moesaic.launch.disaggregation.protocol import (
 )
 from moesaic.launch.disaggregation.rooms import RoomBook, RoomProgress
 from moesaic.launch.disaggregation.transfer import PROGRESS_S, Backend, Read, Receiver
+from moesaic.launch.disaggregation.warmup import WarmupReceiver
 
 TICK_S = 0.1
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moesaic.launch.disaggregation.fake import WarmupSender
 from moesaic.launch.disaggregation.link import Link, LinkError
 from moesaic.launch.disaggregation.loop_thread import LoopThread
 from moesaic.launch.disaggregation.memory import PagedMemory
@@ -42,6 +41,7 @@ from moesaic.launch.disaggregation.protocol import (
 )
 from moesaic.launch.disaggregation.rooms import RoomBook, RoomProgress
 from moesaic.launch.disaggregation.transfer import PROGRESS_S, Backend, Sender
+from moesaic.launch.disaggregation.warmup import WarmupSender
 
 TICK_S = 0.1
 IDLE_S = 0.01

@@ -44,7 +44,7 @@ def prefill_operations(layer: SparseDecoderLayer) -> LayerOperations:
 
 def decode_operations(layer: SparseDecoderLayer) -> LayerOperations:
     """The shared expert under the dispatch. With the second micro-batch two stages behind, a dispatch runs beside shared experts
-    and experts or attention, a combine beside attention or experts (the cuts that left least unhidden in a simulation of all).
+    and experts or attention, a combine beside attention or experts (of all cuts simulated, among those that left least unhidden).
     """
     return _list(
         layer,

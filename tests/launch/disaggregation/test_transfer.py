@@ -20,8 +20,8 @@ from pd_ranks import (
 )
 
 from moesaic.launch.disaggregation.backends import BackendName, missing_reason
-from moesaic.launch.disaggregation.fake import WarmupReceiver, WarmupSender
 from moesaic.launch.disaggregation.protocol import WARMUP_HOST, RoomError, TransferState
+from moesaic.launch.disaggregation.warmup import WarmupReceiver, WarmupSender
 
 WAITING, TRANSFERRING, SUCCESS = TransferState.WAITING, TransferState.TRANSFERRING, TransferState.SUCCESS
 
