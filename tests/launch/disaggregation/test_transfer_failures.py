@@ -40,9 +40,10 @@ from moesaic.launch.disaggregation.protocol import (
     TransferState,
     encoder,
 )
-from moesaic.launch.disaggregation.receiver import ReceiverRoom
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
 from moesaic.launch.disaggregation.sender import SenderRoom
-from moesaic.launch.disaggregation.tcp import TcpBackend, TcpRead
+from moesaic.launch.disaggregation.tcp import TcpBackend
+from moesaic.launch.disaggregation.tcp_read import TcpRead
 
 BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS, FAILED = (
     TransferState.BOOTSTRAPPING,
