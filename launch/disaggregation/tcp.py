@@ -12,6 +12,7 @@ from moesaic.launch.disaggregation.layout import PageRun
 from moesaic.launch.disaggregation.memory import PagedMemory
 from moesaic.launch.disaggregation.tcp_read import TcpRead, TcpReader
 from moesaic.launch.disaggregation.tcp_serve import PageServer
+from moesaic.launch.disaggregation.tcp_wire import STALLED_S
 
 
 class TcpBackend:
@@ -20,12 +21,13 @@ class TcpBackend:
     name = "tcp"
     needs_progress = False
 
-    def __init__(self, memory: PagedMemory, host: str = "127.0.0.1") -> None:
-        """Raises ValueError for GPU memory."""
+    def __init__(self, memory: PagedMemory, host: str = "127.0.0.1", stalled_s: float = STALLED_S) -> None:
+        """`stalled_s`: see tcp_wire. Raises ValueError for GPU memory."""
         if memory.device_index is not None:
             raise ValueError("the tcp transport moves CPU memory only; use --disaggregation-transfer-backend nixl or mooncake")
         self._memory = memory
         self._host = host
+        self._stalled_s = stalled_s
         self._changed: Callable[[], None] = lambda: None
         self._server: PageServer | None = None
         self._peers: dict[str, TcpReader] = {}
@@ -40,7 +42,7 @@ class TcpBackend:
 
     def describe(self) -> bytes:
         if self._server is None:
-            self._server = PageServer(self._memory, self._host)
+            self._server = PageServer(self._memory, self._host, self._stalled_s)
         host, port = self._server.address
         return f"{host}:{port}".encode()
 
@@ -50,20 +52,22 @@ class TcpBackend:
             raise ValueError(
                 f"{peer} does not serve pages over tcp ({description[:100]!r}): use one transfer backend on both sides"
             )
-
-        self._peers[peer] = TcpReader(peer, (host, int(port)), self._memory, self._changed)
+        self._peers[peer] = self._reader(peer, (host, int(port)))
 
     def read(self, peer: str, runs: Sequence[PageRun]) -> TcpRead:
         read = TcpRead(self._num_reads, runs)
         self._num_reads += 1
-        self._peers[peer].submit(read)
+        reader = self._peers[peer]
+        if reader.over:  # and the peer lives, or it would have been disconnected: one broken connection is not its end
+            self._leave(reader)
+            reader = self._peers[peer] = self._reader(peer, reader.address)
+        reader.submit(read)
         return read
 
     def disconnect(self, peer: str) -> None:
         gone = self._peers.pop(peer, None)
         if gone is not None:
-            gone.stop()
-            self._leaving = [*(other for other in self._leaving if other.alive), gone]
+            self._leave(gone)
 
     def close(self) -> None:
         for peer in list(self._peers):
@@ -72,3 +76,10 @@ class TcpBackend:
             gone.join()
         if self._server is not None:
             self._server.close()
+
+    def _reader(self, peer: str, address: tuple[str, int]) -> TcpReader:
+        return TcpReader(peer, address, self._memory, self._changed, self._stalled_s)
+
+    def _leave(self, reader: TcpReader) -> None:
+        reader.stop()
+        self._leaving = [*(other for other in self._leaving if other.alive), reader]

@@ -1,6 +1,7 @@
 """The decode end of the tcp transport: one connection and one thread per prefill rank, and its reads in turn.
 
-Knows no rooms. A run that comes twice, out of turn, too short or too long is noticed, and ends the connection and all its reads.
+Knows no rooms. A run that comes twice, out of turn, too short or too long is noticed, and ends the connection and all its reads, as
+does one that stands still. A reader whose connection has ended is of no more use: its owner makes another.
 """
 
 from __future__ import annotations
@@ -38,10 +39,14 @@ class TcpRead:
 
 
 class TcpReader:
-    """One prefill rank's pages: reads go in, their pages come back in the same order."""
+    """One prefill rank's pages: reads go in, their pages come back in the same order. `changed()` is called when one has ended."""
 
-    def __init__(self, name: str, address: tuple[str, int], memory: PagedMemory, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, address: tuple[str, int], memory: PagedMemory, changed: Callable[[], None], stalled_s: float
+    ) -> None:
+        self.address = address
         self._name = name
+        self._stalled_s = stalled_s
         self._memory = memory
         self._changed = changed
         self._waiting: queue.SimpleQueue[TcpRead | None] = queue.SimpleQueue()
@@ -49,12 +54,18 @@ class TcpReader:
         self._lock = threading.Lock()
         self._stopped = False
         self._socket: socket.socket | None = None
-        self._thread = threading.Thread(target=self._run, args=(address,), name=f"reads from {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"reads from {name}", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def over(self) -> bool:
+        """Whether its connection has ended: every read fails."""
+        with self._lock:
+            return self._stopped
 
     def submit(self, read: TcpRead) -> None:
         with self._lock:
@@ -77,18 +88,19 @@ class TcpReader:
         self._thread.join(CLOSE_S)
         assert not self._thread.is_alive(), f"reads from {self._name} have not ended within {CLOSE_S} s"
 
-    def _run(self, address: tuple[str, int]) -> None:
+    def _run(self) -> None:
         reason = "the connection was closed"
         try:
-            with socket.create_connection(address, CONNECT_S) as connection:
-                connection.settimeout(None)
-                tune(connection)
+            with socket.create_connection(self.address, CONNECT_S) as connection:
+                tune(connection, self._stalled_s, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
                 with self._lock:
                     self._socket = connection
                     stopped = self._stopped
                 while not stopped and self._request(connection):
                     self._receive(connection, self._requested[0])
                     self._end(self._requested.popleft(), None)
+        except BlockingIOError:
+            reason = f"the connection stood still for {self._stalled_s:g} s"
         except OSError as error:  # WireError too
             reason = str(error) or type(error).__name__
         with self._lock:

@@ -1,6 +1,6 @@
 """The prefill end of the tcp transport: it serves runs of this rank's pages to whoever connects, one thread per connection.
 
-Knows no rooms and no readers: who asks for a page that is there gets it.
+Knows no rooms and no readers: who asks for a page that is there gets it; who doesn't take what it asked for is left.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from moesaic.launch.disaggregation.tcp_wire import ANSWER, CLOSE_S, MAGIC, MAX_R
 class PageServer:
     """Serves runs of pages; one thread per connection."""
 
-    def __init__(self, memory: PagedMemory, host: str) -> None:
+    def __init__(self, memory: PagedMemory, host: str, stalled_s: float) -> None:
         self._memory = memory
         self._listener = socket.create_server((host, 0))
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._stalled_s = stalled_s
         self._lock = threading.Lock()
         self._closed = False
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -57,7 +58,7 @@ class PageServer:
     def _serve(self, connection: socket.socket) -> None:
         """Until the other side has gone; what is wrong with a request is told to who asked."""
         with connection, contextlib.suppress(OSError):
-            tune(connection)
+            tune(connection, self._stalled_s, socket.SO_SNDTIMEO)  # the next request may be a long time coming
             while True:
                 header = bytearray(REQUEST.size)
                 fill(connection, memoryview(header))

@@ -23,13 +23,23 @@ MAX_VIEWS = 512
 """Pieces of memory per system call; Linux takes 1024."""
 CLOSE_S = 5.0
 """A thread whose connection was closed has ended by then."""
+STALLED_S = 10.0
+"""A transfer of which not one byte moves for so long is over: the other side, or something between, holds it."""
 
 
 class WireError(ConnectionError):
     """What came over a connection is not what the protocol says, or it ended."""
 
 
-def tune(connection: socket.socket) -> None:
+def tune(connection: socket.socket, stalled_s: float, *waits: int) -> None:
+    """Calls block, but those of these kinds (SO_RCVTIMEO, SO_SNDTIMEO) raise BlockingIOError when no byte moves for `stalled_s`.
+
+    The system keeps that time: with one of Python's, sockets don't block, and MSG_WAITALL waits for nothing.
+    """
+    connection.settimeout(None)
+    for kind in waits:
+        connection.setsockopt(socket.SOL_SOCKET, kind, struct.pack("ll", int(stalled_s), int(stalled_s % 1 * 1e6)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

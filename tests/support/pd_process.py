@@ -17,7 +17,7 @@ from pd_ranks import make_layout, start_decode_rank, start_prefill_rank
 from moesaic.launch.disaggregation import tcp_serve
 from moesaic.launch.disaggregation.bootstrap import BootstrapServer
 from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
-from moesaic.launch.disaggregation.sender import SenderRoom
+from moesaic.launch.disaggregation.sender_room import SenderRoom
 
 
 def hold_pages() -> None:
