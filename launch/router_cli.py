@@ -29,7 +29,7 @@ def router_command(arguments: Sequence[str]) -> list[str]:
     defaults = dict(_DEFAULTS)
     if "--pd-disaggregation" in given and "--policy" not in given:
         # Each side's requests go where there is most room, which takes two to compare. (cache_aware would suit prefill better, but
-        # in this mode router 0.3.2 never fills its tree and places at random: sgl-project/sglang#23573.)
+        # in this mode router 0.3.2 never fills its tree and places at random: sgl-project/sglang#25184.)
         for side in ("prefill", "decode"):
             several = sum(argument.partition("=")[0] == f"--{side}" for argument in arguments) > 1
             defaults[f"--{side}-policy"] = "power_of_two" if several else "round_robin"

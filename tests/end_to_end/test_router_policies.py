@@ -120,7 +120,7 @@ def test_cache_aware_in_front_of_whole_servers(server: LiveServer, model: TinyMo
 
 
 def test_cache_aware_in_front_of_prefill_servers_places_at_random(fleet: Fleet, tmp_path: Path) -> None:
-    """A fault of 0.3.2 (sgl-project/sglang#23573), told in README. With a version that is mended this fails, and README changes."""
+    """A fault of 0.3.2 (sgl-project/sglang#25184), told in README. With a version that is mended this fails, and README changes."""
     with fleet.router(tmp_path / "log", "--prefill-policy", "cache_aware", "--decode-policy", "round_robin") as client:
         before = fleet.counts()
         for turn in range(24):

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -400,6 +401,22 @@ def test_a_tcp_connection_that_stood_still_is_made_anew_for_the_next_read() -> N
                 wait_for(lambda: read.ended, seconds=2.0)  # noqa: B023 - called at once
             assert words in (read.error or ""), read.error
         backend.close()
+
+
+def test_a_read_whose_request_can_not_be_sent_ends_too() -> None:
+    """One that never ended would keep its pages for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        backend = TcpBackend(PagedMemory(make_pools(1)))
+        backend.connect("the other", f"127.0.0.1:{listener.getsockname()[1]}".encode())
+        connection, _ = listener.accept()
+    time.sleep(0.05)  # the thread waits for reads
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()  # with a reset: what is sent from now on fails at once
+    time.sleep(0.05)
+    read = backend.read("the other", [PageRun(source=0, target=0, num_pages=1)])
+    wait_for(lambda: read.ended, seconds=2.0)
+    assert "reading pages from the other failed" in (read.error or "")
+    backend.close()
 
 
 def test_a_reader_that_takes_nothing_is_left() -> None:
