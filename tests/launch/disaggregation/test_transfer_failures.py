@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import struct
 import threading
@@ -427,6 +428,24 @@ def test_a_reader_that_takes_nothing_is_left() -> None:
         connection.sendall(struct.pack("<4sQI", b"MKP1", 0, len(runs)) + b"".join(runs))
         wait_for(lambda: len(server._connections) == 1)
         wait_for(lambda: not server._connections, seconds=3.0)
+    server.close()
+
+
+def test_pages_are_served_again_once_there_are_file_descriptors() -> None:
+    server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as first, socket.socket() as second:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            first.connect(server.address)  # is accepted: Linux takes the descriptor before it waits
+            wait_for(lambda: len(server._connections) == 1)
+            time.sleep(0.05)  # there is none for the next
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        second.connect(server.address)
+        second.sendall(struct.pack("<4sQIII", b"MKP1", 0, 1, 0, 1))
+        second.settimeout(5.0)
+        assert second.recv(28, socket.MSG_WAITALL) == piece()
     server.close()
 
 
