@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 import torch
@@ -29,7 +30,16 @@ from moesaic.launch.disaggregation.receiver import DecodeTransfer
 from moesaic.launch.disaggregation.sender import PrefillTransfer
 from moesaic.launch.disaggregation.transfer import Backend, Read
 from moesaic.launch.engine.core import RankEngine
-from moesaic.launch.engine.messages import Bootstrap, GenerateRequest, RequestOutput, every_output
+from moesaic.launch.engine.messages import AbortRequest, Bootstrap, GenerateRequest, RequestOutput, every_output
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The client gives a request up: `side` hears of it before its step `step` of the wave. Nothing happens if it has ended."""
+
+    side: Literal["prefill", "decode"]
+    rid: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class PdSettings:
     backend: BackendName
     port: int
     prefill_first: int = 2
+    aborts: tuple[Abort, ...] = ()
 
     @property
     def num_workers(self) -> int:
@@ -66,19 +77,26 @@ class Served:
 
 @dataclass
 class Instance:
-    """One rank of an instance. `waves`: the requests of its DP rank."""
+    """One rank of an instance. `waves`: the requests of its DP rank. `aborts`: of its side."""
 
     engine: RankEngine
     served: Served
     waves: list[list[GenerateRequest]]
+    aborts: list[Abort]
+    num_steps: int = 0
 
     def begin(self, wave: int) -> None:
         self.served.pages.append(0)
+        self.num_steps = 0
         for request in self.waves[wave]:
             self.engine.apply(request)
 
     def step(self) -> bool:
         """One lockstep step. False once the instance has nothing left to do."""
+        for abort in self.aborts:
+            if abort.step == self.num_steps:
+                self.engine.apply(AbortRequest(rid=abort.rid))
+        self.num_steps += 1
         self.served.collect(self.engine.advance_rooms())
         result = self.engine.step()
         self.served.collect(every_output(result.outputs, result.rids, result.tokens))
@@ -137,7 +155,7 @@ def _prefill(rank: int, settings: PdSettings, served: Served, waves: list[list[G
         register_rank(f"127.0.0.1:{settings.port}", who)
         engine.attach(PrefillRooms(transfer, engine.scheduler, engine.results))
         mine = [[one for one in wave if prefill_dp_rank(one.rid, own.dp) == place.dp_rank] for wave in waves]
-        instance = Instance(engine, served, mine)
+        instance = Instance(engine, served, mine, [abort for abort in settings.aborts if abort.side == "prefill"])
         yield instance
         instance.check_leaks(own)
 
@@ -154,7 +172,7 @@ def _decode(rank: int, settings: PdSettings, served: Served, waves: list[list[Ge
     with contextlib.closing(transfer), contextlib.closing(engine):
         engine.attach(DecodeRooms(transfer, engine.scheduler, engine.results))
         mine = [[one for number, one in enumerate(wave) if number % own.dp == place.dp_rank] for wave in waves]
-        instance = Instance(engine, served, mine)
+        instance = Instance(engine, served, mine, [abort for abort in settings.aborts if abort.side == "decode"])
         yield instance
         instance.check_leaks(own)
 

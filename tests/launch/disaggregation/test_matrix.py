@@ -5,6 +5,7 @@ The whole product runs with `-m whole`; by default one of it does.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from engine_jobs import EngineSettings, merged
-from pd_jobs import PdSettings, Served, pd_job, pd_wave
+from pd_jobs import Abort, PdSettings, Served, pd_job, pd_wave
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
@@ -62,7 +63,7 @@ def expected(model: TinyModel) -> list[list[int]]:
     return [model.greedy(prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
-def serve(model: TinyModel, pool: RankPool, case: Case) -> list[tuple[Served, Served]]:
+def serve(model: TinyModel, pool: RankPool, case: Case, aborts: tuple[Abort, ...] = ()) -> list[tuple[Served, Served]]:
     """The prompts twice, the second time when all have been served. Per worker what its ranks of both sides sent."""
     folder = str(model.folder)
     prefill = case.settings(case.prefill, "normal", prefix_cache=case.way == "prefix hit on prefill")
@@ -74,6 +75,7 @@ def serve(model: TinyModel, pool: RankPool, case: Case) -> list[tuple[Served, Se
             decode=EngineSettings(model_path=folder, **decode),  # type: ignore[arg-type]
             backend=case.backend,
             port=port,
+            aborts=aborts,
             prefill_first=0 if case.backend == "fake" else 2,  # the fake one reads within a process
         )
         waves = [pd_wave(PROMPTS, NUM_TOKENS, first_room, port) for first_room in (0, SECOND_WAVE)]
@@ -112,3 +114,28 @@ def test_two_ranks_prefill_for_four(tiny: Callable[..., TinyModel], rank_pool: R
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_tokens_equal_the_oracle_in_the_whole_product(case: Case, tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
     check(tiny("plain"), rank_pool, case)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("decode", ["dp2-ep2", "attention-tp2", "dp4-ep4"])
+def test_aborts_at_any_time_on_either_side_leak_nothing_and_harm_no_others(
+    decode: str, seed: int, tiny: Callable[..., TinyModel], rank_pool: RankPool
+) -> None:
+    """The ranks check in the end that all their pages are free."""
+    rng, model = random.Random(seed), tiny("plain")
+    given_up = rng.sample(range(len(PROMPTS)), 3)
+    aborts = [
+        Abort(rng.choice(("prefill", "decode")), wave + place, int(100 * rng.random() ** 2))
+        for wave in (0, SECOND_WAVE)
+        for place in given_up
+    ]
+    case = Case("dp2-ep2", decode, "tcp" if seed % 2 else "nixl", "chunked")
+    results = serve(model, rank_pool, case, tuple(aborts))
+    decoded = merged([served.finished for _, served in results])
+    for place, tokens in enumerate(expected(model)):
+        for rid in (place, SECOND_WAVE + place):
+            found = decoded[rid]
+            assert found.tokens == tokens[: len(found.tokens)]
+            assert found.finish_reason == "length" or place in given_up, found.message
+            assert found.finish_reason == "abort" or len(found.tokens) == NUM_TOKENS
