@@ -1,18 +1,22 @@
 """What this machine has, as plain numbers, so that the choice among backends is a pure function.
 
-Knows no flags and no backends. torch is asked only when the device is not settled.
+Knows no flags and no backends. torch is asked only where there is an NVIDIA driver.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 
 from moesaic.kernels.native.build import why_missing
 from moesaic.launch.config import DeviceName
 
 NO_DEVICE = "torch sees no CUDA device"
+NO_DRIVER = "this machine has no NVIDIA driver"
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
+"""What a Linux machine with an NVIDIA driver has: its own device file, or Windows' under WSL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +33,12 @@ class Hardware:
 
 
 def detect_hardware(device: str) -> Hardware:
-    """Look around. `device` "cpu" spares the second that importing torch takes."""
+    """Look around. Without a driver, or with `device` "cpu", this spares the seconds that importing torch takes."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cpu":
         return _without_cuda(num_cores, "--device cpu")
+    if sys.platform == "linux" and not any(os.path.exists(path) for path in _DRIVER_FILES):
+        return _without_cuda(num_cores, NO_DRIVER)
     import torch
 
     if torch.version.cuda is None:

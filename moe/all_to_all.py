@@ -20,7 +20,8 @@ from moesaic.kernels.permute import weighted_sum
 from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.config import ExpertPlacement
 from moesaic.moe.counted_exchange import CountedExchange, CountedRows
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, Received, ReceivedHalf
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ArrangedPart, ExpertLayout, arrange, part_of, per_choice, weighted
 from moesaic.moe.token_bytes import empty_token, pack_tokens, unpack_tokens

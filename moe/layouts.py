@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moesaic.kernels.permute import RowMap, contiguous_map, from_rows, masked_map, to_rows, weighted_rows
-from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, ExpertRows, MaskedRows
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
 
 
 @dataclass(frozen=True, kw_only=True)

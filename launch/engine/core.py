@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.controls import Controls

@@ -8,7 +8,8 @@ import numpy as np
 import torch.distributed as dist
 
 from moesaic.eplb.algorithm import place_experts
-from moesaic.eplb.load_counter import FORWARD_MODES, ForwardMode, LoadCounter
+from moesaic.eplb.forward_mode import FORWARD_MODES, ForwardMode
+from moesaic.eplb.load_counter import LoadCounter
 from moesaic.eplb.location import ExpertLocation, Int64Array
 from moesaic.eplb.manager import RebalanceManager
 from moesaic.eplb.mover import WeightMover

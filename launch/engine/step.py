@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from moesaic.attention.dp_attention import share_bounds
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatch_mode import DispatchMode, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatcher import DispatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
 from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, SampledLogprobs

@@ -12,7 +12,8 @@ from moesaic.kernels.activation import swiglu
 from moesaic.kernels.quant import round_to_fp8
 from moesaic.kernels.topk import grouped_topk
 from moesaic.moe.config import GateConfig
-from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, MaskedRows
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import ContiguousRows, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner, make_expert_runner
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP

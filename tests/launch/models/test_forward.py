@@ -19,7 +19,8 @@ from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan
 from moesaic.overlap.operations import OperationError
 
 Tiny = Callable[..., TinyModel]
