@@ -99,6 +99,8 @@ class ServerConfig:
     radix_eviction_policy: Literal["lru"] = "lru"
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False
+    cuda_graph_bs: tuple[int, ...] | None = None
+    cuda_graph_max_bs: int | None = None
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention_backend: Literal["auto", "torch"] = "auto"
@@ -121,6 +123,7 @@ class ResolvedConfig:
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
+    `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
     `dist_timeout` and `watchdog_timeout` are in seconds.
     """
 
@@ -148,6 +151,7 @@ class ResolvedConfig:
     max_total_tokens: int | None
     chunked_prefill_tokens_per_dp: int
     page_size: int
+    cuda_graph_rows: tuple[int, ...]
     recorder_mode: RecorderMode
     recorder_buffer_size: int
     schedule_policy: Literal["fcfs", "lpm"]

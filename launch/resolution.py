@@ -9,7 +9,7 @@ downgrade (`launch/report.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
@@ -18,6 +18,7 @@ from moesaic.launch.conflicts import Conflict, refuse
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.model_rules import model_conflicts
@@ -82,6 +83,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         recorder_mode=config.expert_distribution_recorder_mode,
         recorder_buffer_size=config.expert_distribution_recorder_buffer_size,
         page_size=config.page_size or PAGE_SIZE[device],
+        cuda_graph_rows=(),
         schedule_policy=config.schedule_policy,
         enable_prefix_cache=not config.disable_radix_cache,
         num_threads=config.num_threads or max(1, hardware.num_cores // topology.ranks_per_node),
@@ -92,6 +94,8 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         log_level=config.log_level,
     )
     refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
+    cuda_graph_rows, graph_choice = choose_graphs(config, resolved, topology)
+    resolved = replace(resolved, cuda_graph_rows=cuda_graph_rows)
     choices = (
         device_choice,
         dtype_choice,
@@ -102,7 +106,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
         _prefix_cache_choice(config),
-        _graph_choice(config, device),
+        graph_choice,
         _overlap_choice(config, device),
         *role_choices,
     )
@@ -201,19 +205,6 @@ def _prefix_cache_choice(config: ServerConfig) -> Choice:
     if config.disable_radix_cache:
         return Choice(capability="prefix cache", chosen="off", refused=(("radix", "--disable-radix-cache"),))
     return Choice(capability="prefix cache", chosen=f"radix, {config.radix_eviction_policy}, per DP rank")
-
-
-def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
-    if config.disable_cuda_graph:
-        return Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
-    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    return Choice(
-        capability="CUDA graphs",
-        chosen="off",
-        refused=(("on", reason),),
-        downgrade=device == "cuda",
-        accept="--disable-cuda-graph",
-    )
 
 
 def _schedule_overlaps(config: ServerConfig, device: DeviceName) -> bool:

@@ -13,12 +13,15 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from moesaic.eplb.replica_choice import RandomChoice
 from moesaic.kernels.native.build import why_missing
 from moesaic.kernels.native.library import status
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
 from moesaic.launch.engine.calibration import Calibration, settle_profile
 from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.cuda_graphs import CudaGraphs
+from moesaic.launch.engine.graph_plan import GraphPlan, table_widths
 from moesaic.launch.engine.memory import plan_num_pages
 from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
@@ -99,6 +102,7 @@ class RankStartup:
         runner.allocate_kv(num_pages)
         sizes = self._scheduler_sizes(num_pages)
         rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
+        rules = self._captured(rules, runner, phases)
         engine = assemble_engine(self._settings(sizes, rules), runner, self._activity, groups)
         if self._attach is not None and spec.role is not None:
             phases.enter("get ready for transfers")
@@ -225,3 +229,18 @@ class RankStartup:
         phases.enter("calibrate overlap")
         split_from, profile = settle_profile(source, Calibration(runner, rules, sizes), phases.report)
         return replace(rules, split_from=split_from), profile
+
+    def _captured(self, rules: StepRules, runner: ModelRunner, phases: PhaseTimer) -> StepRules:
+        """The rules with the sizes of the decode steps that replay graphs."""
+        config = self._spec.config
+        if not config.cuda_graph_rows:
+            return rules
+        phases.enter("capture CUDA graphs")
+        plan = GraphPlan(
+            rows=config.cuda_graph_rows,
+            widths=table_widths(config.context_length, config.page_size),
+            split_from=rules.split_from.decode,
+        )
+        generators = [runner.replicas.generator] if isinstance(runner.replicas, RandomChoice) else []
+        runner.capture_graphs(plan, CudaGraphs(generators), phases.report)
+        return replace(rules, graph_rows=plan.rows)

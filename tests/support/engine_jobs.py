@@ -8,6 +8,7 @@ from typing import Any
 
 import rank_pool
 import torch
+from repeated_calls import RepeatedCalls
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
@@ -16,6 +17,7 @@ from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.graph_plan import GraphPlan
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import make_engine_groups, make_parallel_context
@@ -56,6 +58,7 @@ class EngineSettings:
     split_from: SplitThresholds = field(default_factory=SplitThresholds)
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
+    graph_rows: tuple[int, ...] = ()
 
     @property
     def topology(self) -> Topology:
@@ -108,6 +111,10 @@ def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
         parallel,
     )
     runner.allocate_kv(settings.num_pages)
+    if settings.graph_rows:
+        widths = (8, -(-settings.context_length // settings.page_size))
+        plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
+        runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
     return runner
 
 
@@ -130,6 +137,7 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             mode=settings.mode,  # type: ignore[arg-type]
             cap=settings.cap,
             split_from=settings.split_from,
+            graph_rows=settings.graph_rows,
         ),
         recording=settings.recording,
         rebalance=settings.rebalance,
