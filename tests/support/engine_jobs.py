@@ -20,7 +20,7 @@ from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.graph_plan import GraphPlan
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
-from moesaic.launch.engine.process_groups import make_engine_groups, make_parallel_context
+from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
@@ -89,11 +89,11 @@ def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any)
     return GenerateRequest(rid=rid, input_ids=tuple(prompt), sampling=sampling, **options)
 
 
-def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
+def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> ModelRunner:
     """One rank's model with its KV pool."""
     topology = settings.topology
     parallel = make_parallel_context(
-        topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=rank_pool.group_of
+        topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=new_group
     )
     runner = ModelRunner(
         RunnerConfig(
@@ -118,9 +118,9 @@ def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
     return runner
 
 
-def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
+def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:
     """One rank's engine. Collective when the layout has several ranks."""
-    topology, runner = settings.topology, make_runner(settings, rank)
+    topology, runner = settings.topology, make_runner(settings, rank, new_group)
     engine = AssembledSettings(
         scheduler=SchedulerConfig(
             num_pages=settings.num_pages,
@@ -143,7 +143,7 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
         rebalance=settings.rebalance,
         overlap_schedule=settings.overlap_schedule,
     )
-    groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=rank_pool.group_of)
+    groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=new_group)
     return assemble_engine(engine, runner, Activity(rank), groups)
 
 
