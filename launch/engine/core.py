@@ -121,7 +121,8 @@ class RankEngine:
     def _abort(self, message: AbortRequest) -> None:
         found = self._rooms is not None and self._rooms.abort(message.rid)
         if not found:
-            found = self.scheduler.remove(message.rid) is not None
+            end = self.scheduler.finish if message.finish else self.scheduler.remove
+            found = end(message.rid) is not None
         if found and not message.finish:
             self.results.abort(message.rid)
 

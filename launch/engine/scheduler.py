@@ -130,6 +130,13 @@ class Scheduler:
             self._release(sequence)
         return sequence
 
+    def finish(self, rid: int) -> Sequence | None:
+        """`remove` for a request that ends by itself: its length says how long others may get."""
+        sequence = self.remove(rid)
+        if sequence is not None:
+            self._growth.ended(sequence.num_tokens - sequence.num_prompt)
+        return sequence
+
     def drop(self, rid: int) -> PageArray:
         """End a running request whose KV can't be trusted: none of it is shared. Returns the freed pages, int32 [n]."""
         sequence = self._take_out(rid)
@@ -286,8 +293,14 @@ class Scheduler:
 
     def _reserved_pages(self) -> int:
         """Pages that running sequences are expected to need."""
-        slots = np.concatenate([self._decoding, self._placed])
-        return self._growth.expected_tokens(self.table.max_tokens[slots] - self.table.num_tokens[slots]) // self.config.page_size
+        slots, table = np.concatenate([self._decoding, self._placed]), self.table
+        num_tokens = table.num_tokens[slots]
+        growth = self._growth.expected_tokens(
+            remaining=table.max_tokens[slots] - num_tokens,
+            produced=num_tokens - table.num_prompt[slots],
+            held=num_tokens - table.num_found[slots],
+        )
+        return growth // self.config.page_size
 
     # Admission
 
@@ -340,7 +353,7 @@ class Scheduler:
         if num_new + reserve > self.cache.available_pages():
             self.cache.release(match.node)
             return False
-        self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]))
+        self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]), match.num_tokens)
         sequence.node = match.node
         sequence.num_computed = sequence.num_settled = match.num_tokens
         if sequence.cached_tokens < 0:

@@ -99,8 +99,9 @@ class SequenceTable:
     """Running sequences as arrays over slots, so that a step touches Python objects only where something happens.
 
     pages int32 [capacity, max_pages]: page rows; tokens int32 [capacity, max_tokens + 1]; the rest [capacity]. num_tokens: with
-    those that launched rows will give; num_known: without them. owner: the sequence's arrival, -1 for a free slot. needs_event: the
-    next token needs an output of its own even if it is neither the last nor a stop id.
+    those that launched rows will give; num_known: without them; num_prompt: of these; num_found: what the prefix cache had of them.
+    owner: the sequence's arrival, -1 for a free slot. needs_event: the next token needs an output of its own even if it is neither
+    the last nor a stop id.
     """
 
     def __init__(self, capacity: int, max_pages: int, max_tokens: int) -> None:
@@ -114,6 +115,8 @@ class SequenceTable:
         self.num_pages: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_known: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_prompt: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_found: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.max_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.temperature = np.zeros(capacity, dtype=np.float32)
         self.top_p = np.ones(capacity, dtype=np.float32)
@@ -129,8 +132,8 @@ class SequenceTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def add(self, sequence: Sequence, pages: Int32Array) -> None:
-        """Give a sequence a slot and its first pages."""
+    def add(self, sequence: Sequence, pages: Int32Array, num_found: int) -> None:
+        """Give a sequence a slot and its first pages, with `num_found` tokens from the prefix cache in them."""
         slot = self._free.pop()
         sampling = sequence.request.sampling
         sequence.slot = slot
@@ -146,6 +149,7 @@ class SequenceTable:
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = len(pages)
         self.num_tokens[slot] = self.num_known[slot] = sequence.num_tokens
+        self.num_prompt[slot], self.num_found[slot] = sequence.num_prompt, num_found
         self.max_tokens[slot] = sequence.max_tokens
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p

@@ -1,0 +1,83 @@
+"""What a decode rank keeps free for running requests' growth: a fixed number of tokens each, or what lately observed lengths say.
+
+The real scheduler on simulated traffic, without a model: prompts come computed, as from a prefill instance, and every request stops
+at a length drawn by chance that nobody knows. There is always a request waiting, so memory is the limit. Three reserves:
+`fixed` as SGLang (--num-reserved-decode-tokens for every running request, always), `observed` (the default), and `none`.
+Retraction costs a copy to host memory and back, or a prefill; admission is throughput, as decode is faster per token in larger
+batches. The bound is full memory: all pages hold tokens, always.
+
+Usage: python benchmarks/bench_admission.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from simulated_admission import (
+    MAX_NEW_TOKENS,
+    NUM_PAGES,
+    PAGE_SIZE,
+    RESERVED_TOKENS,
+    FixedReserve,
+    short_answers,
+    simulate,
+)
+
+from moesaic.launch.engine.growth import Growth
+from moesaic.launch.engine.sequence import Int64Array
+
+NUM_REQUESTS = 1500
+
+RESERVES: dict[str, Callable[[], Growth]] = {
+    "none": lambda: FixedReserve(0),
+    "fixed": lambda: FixedReserve(RESERVED_TOKENS),
+    "observed": lambda: Growth(RESERVED_TOKENS),
+}
+
+Lengths = Callable[[np.random.Generator, int], Int64Array]
+"""Output lengths of n requests."""
+
+
+def mixed(rng: np.random.Generator, n: int) -> Int64Array:
+    """One in five is a long one: median 900."""
+    return np.where(
+        rng.random(n) < 0.2, np.clip(rng.lognormal(np.log(900), 0.5, n).astype(np.int64), 1, MAX_NEW_TOKENS), short_answers(rng, n)
+    )
+
+
+def changing(rng: np.random.Generator, n: int) -> Int64Array:
+    """Short ones, then eight times longer ones, in turns of 500 requests."""
+    return np.minimum(short_answers(rng, n) * np.where(np.arange(n) // 500 % 2, 8, 1), MAX_NEW_TOKENS)
+
+
+TRAFFIC: dict[str, Lengths] = {"short": short_answers, "mixed": mixed, "changing": changing}
+
+
+def main() -> None:
+    table = Table(title=f"{NUM_REQUESTS} requests, {NUM_PAGES * PAGE_SIZE} tokens of KV, max_new_tokens {MAX_NEW_TOKENS}")
+    for column in ("answers", "reserve", "running on average", "memory used", "retracted per 100", "steps until all were admitted"):
+        table.add_column(column, justify="left" if column in ("answers", "reserve") else "right")
+    result: dict[str, float] = {}
+    for traffic, draw in TRAFFIC.items():
+        lengths = draw(np.random.default_rng(1), NUM_REQUESTS)
+        for name, make in RESERVES.items():
+            outcome = simulate(make(), lengths)
+            row = (f"{outcome.running:.1f}", f"{outcome.usage:.0%}", f"{outcome.retracted:.1f}", str(outcome.steps))
+            table.add_row(traffic, name, *row)
+            key = f"{traffic}_{name}".replace(" ", "_")
+            result |= {f"{key}_running": round(outcome.running, 1), f"{key}_retracted": round(outcome.retracted, 2)}
+    Console().print(table)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
