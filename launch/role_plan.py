@@ -30,6 +30,7 @@ _SETTINGS = {
     "disaggregation_timeout": ("prefill", "decode"),
     "disaggregation_checksum": ("decode",),
     "num_reserved_decode_tokens": ("decode",),
+    "disaggregation_host_kv_gb": ("decode",),
 }
 
 
@@ -90,6 +91,7 @@ def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None
         bootstrap_address=bootstrap_address(config) if config.disaggregation_mode == "prefill" else "",
         ib_device=config.disaggregation_ib_device or "",
         num_reserved_decode_tokens=config.num_reserved_decode_tokens if config.disaggregation_mode == "decode" else 0,
+        host_kv_gb=config.disaggregation_host_kv_gb if config.disaggregation_mode == "decode" else 0.0,
         timeout_s=float(config.disaggregation_timeout),
         checksum=config.disaggregation_checksum,
     )

@@ -2,7 +2,7 @@
 
 Knows no queues and no model. A sequence has tokens (prompt and generated), of which some have their KV in the pool. Its next
 forward computes the rest, and its last row gives the next token; so decoding is just the case where one token is missing, and a
-retracted sequence resumes like a new one with a longer prompt.
+retracted sequence resumes like a new one with a longer prompt, unless its KV was kept.
 
 Forwards are launched before the results of the one before are in. What is launched counts at once: the token that a launched row
 will give is one of the sequence's tokens, its value not yet known. "Settled" is what results have come back for.
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from moesaic.attention.prefix_cache import Node
 from moesaic.launch.engine.messages import GenerateRequest, SamplingParams, TokenLogprobs
 from moesaic.launch.engine.penalties import TokenHistory
+from moesaic.launch.engine.retraction import KeptKV
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -34,7 +35,7 @@ class Sequence:
 
     num_tokens: whose values are known. num_computed: prompt tokens whose forward is launched. num_settled: tokens whose KV is
     in the pool for certain, what may be shared. arrival: unique. shares: its pages may go to the prefix cache; not while another
-    instance reads or writes them.
+    instance reads or writes them. kept: while it waits, its KV in host memory; it goes on as soon as it has pages.
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
 
@@ -54,6 +55,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_output_sent: bool = False
     shares: bool = True
+    kept: KeptKV | None = None
     added_at: float = 0.0
     admitted_at: float = 0.0
 

@@ -78,6 +78,8 @@ class Traffic:
         scheduler = self.engine.scheduler
         assert scheduler.num_used_tokens == 0, f"{scheduler.num_used_tokens} tokens of KV leaked"
         assert scheduler.num_running == scheduler.num_waiting == 0
+        host = self.engine.runner.host_kv
+        assert host is None or host.num_free == host.num_pages, "pages of host memory leaked"
         scheduler.cache.flush()
         assert scheduler.cache.allocator.num_free == scheduler.config.num_pages
 
