@@ -75,7 +75,7 @@ class EngineSettings:
 
 @dataclass
 class Finished:
-    """All that came back for one request."""
+    """All that came back for one request. `last_step`: its end came from this call of `step`, where traffic_jobs counts them."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -83,6 +83,7 @@ class Finished:
     cached_tokens: int = 0
     logprobs: list[Any] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)
+    last_step: int = -1
 
 
 def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any) -> GenerateRequest:
