@@ -72,11 +72,9 @@ class HostKVPool:
         """
         index = self._on_device(pages)
         for layer in range(self._num_layers):
-            target = self._device_pool.pages(layer)
-            staged = torch.empty((len(pages), target.shape[1]), dtype=target.dtype, device=self._device)
             for here, part in _runs(host_pages):
-                staged[part].copy_(self._pool.pages(layer)[here], non_blocking=True)
-            target.index_copy_(0, index, staged)
+                found = self._pool.pages(layer)[here].to(self._device, non_blocking=True)
+                self._device_pool.pages(layer).index_copy_(0, index[part], found)
 
     def free(self, host_pages: PageArray) -> None:
         """Give host pages back. AssertionError for pages that nobody holds."""
