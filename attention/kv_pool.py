@@ -30,6 +30,7 @@ class LatentKVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.num_layers = num_layers
         self.num_pages = num_pages
         self.page_size = page_size
         self._rows = _zeros((num_layers, (num_pages + 1) * page_size, latent_dim), dtype, device)

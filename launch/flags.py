@@ -41,6 +41,11 @@ def fraction(text: str) -> float:
     return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
 
 
+def gigabytes(text: str) -> float:
+    """A number >= 0, finite."""
+    return _checked(text, float, lambda value: 0 <= value < float("inf"), "a number of GB, 0 or more")
+
+
 def smaller_share(text: str) -> float:
     """A number in [0, 0.5]: what the smaller of two sides may have of the whole."""
     return _checked(text, float, lambda value: 0 <= value <= 0.5, "a share in 0..0.5")
@@ -268,8 +273,14 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _switch("--disaggregation-checksum", "decode checks every page that it has fetched"),
         _flag(
             "--num-reserved-decode-tokens",
-            "KV tokens that decode keeps free for each running request's growth",
+            "most KV tokens that decode keeps free for a running request's growth; fewer where answers are shorter",
             rank_number,
+        ),
+        _flag(
+            "--disaggregation-host-kv-gb",
+            "host memory of each decode rank for the KV of retracted requests, in GB; 0: they are computed again",
+            gigabytes,
+            metavar="GB",
         ),
     ),
     "memory and scheduling": (

@@ -37,6 +37,7 @@ from moesaic.launch.engine.profiling import Profiling
 from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.results import Results
+from moesaic.launch.engine.retraction import HostKeeper
 from moesaic.launch.engine.rooms import Rooms
 from moesaic.launch.engine.sampling_rows import sampling_rows
 from moesaic.launch.engine.scheduler import Scheduler
@@ -79,11 +80,13 @@ class RankEngine:
         profiling: Profiling,
         rebalancing: Rebalancing | None = None,
         overlap_schedule: bool = True,
+        keeper: HostKeeper | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.results = results
         self.activity = activity
+        self._keeper = keeper
         self._rooms: Rooms | None = None
         self._rules = rules
         self._exchange = exchange
@@ -121,7 +124,8 @@ class RankEngine:
     def _abort(self, message: AbortRequest) -> None:
         found = self._rooms is not None and self._rooms.abort(message.rid)
         if not found:
-            found = self.scheduler.remove(message.rid) is not None
+            end = self.scheduler.finish if message.finish else self.scheduler.remove
+            found = end(message.rid) is not None
         if found and not message.finish:
             self.results.abort(message.rid)
 
@@ -180,6 +184,7 @@ class RankEngine:
             cache_hit_rate=scheduler.cache.counters.hit_rate,
             num_retracted_reqs=scheduler.num_retracted,
             rooms=None if rooms is None else rooms.load(),
+            retraction=None if self._keeper is None else self._keeper.load,
         )
 
     def close(self) -> None:
@@ -257,6 +262,7 @@ class RankEngine:
             sampled_logprobs=wanted_of_sampled(launch.slots, table),
             prompt_logprobs=prompt_logprobs,
             spoiled_pages=self._pipeline.take_spoiled_pages(device),
+            restoration=self.scheduler.take_restoration(),
             observer=self._observer(mode),
             recording=self._recording,
             timeline=self._profiling.launch_step(),

@@ -29,6 +29,11 @@ def plan_num_pages(config: ResolvedConfig, kv_bytes_per_token: int, ranks_per_no
     return num_pages
 
 
+def plan_num_host_pages(config: ResolvedConfig, host_kv_gb: float, kv_bytes_per_token: int, num_pages: int) -> int:
+    """Host pages of one rank for retracted sequences: `host_kv_gb` (1e9 bytes), but no more than all that `num_pages` hold."""
+    return min(int(host_kv_gb * 1e9) // (kv_bytes_per_token * config.page_size), num_pages)
+
+
 def _available_bytes() -> int:
     """Memory that could be had now without swapping (Linux's MemAvailable; elsewhere all physical memory)."""
     try:

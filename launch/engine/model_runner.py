@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from moesaic.attention.backend import make_backend
+from moesaic.attention.host_pool import HostKVPool
 from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.attention.page_allocator import PageArray
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
@@ -85,6 +87,7 @@ class ModelRunner:
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
+        self.host_kv: HostKVPool | None = None
         self._timeline: Timeline | None = None
         self._graphs: GraphedForwards | None = None
 
@@ -104,8 +107,8 @@ class ModelRunner:
         model = self.model_config
         return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.dtype)
 
-    def allocate_kv(self, num_pages: int) -> None:
-        """Make the KV pool."""
+    def allocate_kv(self, num_pages: int, num_host_pages: int = 0) -> None:
+        """Make the KV pool, and where wanted `host_kv`, pages in host memory for KV that has to make room."""
         self._pool = LatentKVPool(
             num_layers=self.model_config.num_hidden_layers,
             num_pages=num_pages,
@@ -114,6 +117,8 @@ class ModelRunner:
             dtype=self.config.dtype,
             device=torch.device(self.config.device),
         )
+        if num_host_pages:
+            self.host_kv = HostKVPool(self._pool, num_host_pages)
 
     def kv_pages(self) -> list[Tensor]:
         """Each layer's KV as [num_pages, elements of a page], for those who move pages."""
@@ -124,6 +129,11 @@ class ModelRunner:
         """Zero the KV of these pages, int64 [P]."""
         assert self._pool is not None, "allocate_kv comes first"
         self._pool.clear(pages)
+
+    def restore_pages(self, host_pages: PageArray, pages: PageArray) -> None:
+        """Copy these pages of `host_kv`, int32 [P], into these, int32 [P]."""
+        assert self.host_kv is not None, "there are no pages in host memory"
+        self.host_kv.load(host_pages, pages)
 
     @property
     def experts(self) -> list[ExpertWeights]:

@@ -94,6 +94,36 @@ class _Rooms(Collector):
         ]
 
 
+class _Retraction(Collector):
+    """What has become of retracted requests' KV; nothing where it is always computed again."""
+
+    def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+        self._model = model
+        self._loads = loads
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("model_name", "dp_rank")
+        kept = [(load.retraction, (self._model, str(load.dp_rank))) for load in self._loads() if load.retraction is not None]
+        if not kept:
+            return
+        for name, text in (
+            ("num_offloaded_reqs", "Retracted requests whose KV was copied to host memory"),
+            ("num_offloaded_tokens", "Their tokens"),
+            ("num_restored_tokens", "Tokens of KV copied back from host memory"),
+            ("num_host_full_reqs", "Retracted requests computed again as host memory was full"),
+            ("num_cheaper_reqs", "Retracted requests computed again as that takes less time than to copy"),
+        ):
+            counter = CounterMetricFamily(f"{PREFIX}retraction_{name}", text, labels=labels)
+            for retraction, values in kept:
+                counter.add_metric(values, getattr(retraction, name))
+            yield counter
+        for name, text in (("num_host_tokens", "Tokens of KV in host memory"), ("max_host_tokens", "Room for them")):
+            gauge = GaugeMetricFamily(f"{PREFIX}retraction_{name}", text, labels=labels)
+            for retraction, values in kept:
+                gauge.add_metric(values, getattr(retraction, name))
+            yield gauge
+
+
 class _Rebalancing(Collector):
     """The state of the expert rebalance, read when Prometheus asks; nothing where experts do not move."""
 
@@ -161,6 +191,7 @@ class Metrics:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_Loads(model, loads))
+        self._registry.register(_Retraction(model, loads))
         self._registry.register(_Rebalancing(model, rebalance))
         self._registry.register(_Rooms(model, role, loads))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")

@@ -236,11 +236,20 @@ def test_a_role_decides_the_dispatch_mode(role: str, mode: str, flags: dict[str,
     assert row(settled, "role")["chosen"].startswith(role)
 
 
+def test_a_decode_instance_says_what_becomes_of_retracted_kv() -> None:
+    kept = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=1.5), "KV of retracted requests")
+    again = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=0.0), "KV of retracted requests")
+
+    assert "host memory, up to 1.5 GB per rank" in kept["chosen"]
+    assert again["chosen"] == "computed again"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"disaggregation_mode": "prefill", "deepep_mode": "low_latency"}, "prefill instances always take normal"),
         ({"disaggregation_mode": "prefill", "num_reserved_decode_tokens": 9}, "it is a setting of decode instances"),
+        ({"disaggregation_host_kv_gb": 1.0}, "it is a setting of decode instances"),
         ({"disaggregation_checksum": True}, "leave --disaggregation-checksum out, or use --disaggregation-mode decode"),
         ({"disaggregation_mode": "decode", "disaggregation_transfer_backend": "mooncake"}, "pip install mooncake"),
     ],

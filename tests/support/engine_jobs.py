@@ -22,15 +22,19 @@ from moesaic.launch.engine.messages import AbortRequest, Control, GenerateReques
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.retraction import RetractionCosts
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
 
+ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
+"""As long as there is room."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """A layout and the engine's knobs; defaults are one rank with plenty of memory."""
+    """A layout and the engine's knobs; defaults are one rank with plenty of memory. With host pages, what is retracted is kept."""
 
     model_path: str
     tp: int = 1
@@ -42,6 +46,7 @@ class EngineSettings:
     dp_lm_head: bool = False
     page_size: int = 4
     num_pages: int = 256
+    num_host_pages: int = 0
     max_running: int = 32
     chunk_tokens: int = 128
     cap: int = 128
@@ -73,7 +78,7 @@ class EngineSettings:
 
 @dataclass
 class Finished:
-    """All that came back for one request."""
+    """All that came back for one request. `last_step`: its end came from this call of `step`, where traffic_jobs counts them."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -81,6 +86,7 @@ class Finished:
     cached_tokens: int = 0
     logprobs: list[Any] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)
+    last_step: int = -1
 
 
 def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any) -> GenerateRequest:
@@ -110,7 +116,7 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
         load_model_config(settings.model_path),
         parallel,
     )
-    runner.allocate_kv(settings.num_pages)
+    runner.allocate_kv(settings.num_pages, settings.num_host_pages)
     if settings.graph_rows:
         widths = (8, -(-settings.context_length // settings.page_size))
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
@@ -142,6 +148,7 @@ def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
         recording=settings.recording,
         rebalance=settings.rebalance,
         overlap_schedule=settings.overlap_schedule,
+        retraction=ALWAYS_KEEP if settings.num_host_pages else None,
     )
     groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=new_group)
     return assemble_engine(engine, runner, Activity(rank), groups)
