@@ -40,7 +40,8 @@ def _attention_conflicts(config: ServerConfig, shape: ModelShape, topology: Topo
 
 def _expert_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
     tp, ep, moe_tp = config.tp_size, topology.ep_size, topology.moe_tp_size
-    if shape.num_experts % ep:
+    # With redundant experts it is the slots that are dealt out (placement_conflicts): 256 experts in 288 slots suit 72 ranks.
+    if not config.ep_num_redundant_experts and shape.num_experts % ep:
         yield _experts_conflict(config, ep, shape.num_experts)
     if shape.moe_intermediate_size % moe_tp:
         legal = [value for value in divisors(tp) if shape.moe_intermediate_size % (tp // value) == 0]
@@ -60,7 +61,8 @@ def _experts_conflict(config: ServerConfig, ep: int, num_experts: int) -> Confli
     flags = f"--tp-size {config.tp_size} --moe-a2a-backend {config.moe_a2a_backend}"
     legal = [value for value in divisors(num_experts) if value % config.dp_size == 0]
     otherwise = "--moe-a2a-backend none with a smaller --ep-size"
-    return Conflict(flags=flags, reason=reason, remedy=nearest("--tp-size", legal, config.tp_size, otherwise=otherwise))
+    remedy = nearest("--tp-size", legal, config.tp_size, otherwise=otherwise)
+    return Conflict(flags=flags, reason=reason, remedy=f"{remedy}, or --ep-num-redundant-experts {-num_experts % ep}")
 
 
 def _dense_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:

@@ -22,7 +22,7 @@ from moesaic.launch.engine.calibration import Calibration, settle_profile
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
 from moesaic.launch.engine.graph_plan import GraphPlan, table_widths
-from moesaic.launch.engine.memory import plan_num_host_pages, plan_num_pages
+from moesaic.launch.engine.memory import kv_budget_bytes, measure_memory, plan_num_host_pages, plan_num_pages
 from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import (
@@ -100,7 +100,8 @@ class RankStartup:
         parallel, groups = self._join()
         runner = self._load(parallel, phases)
         phases.enter("allocate KV")
-        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, spec.topology.ranks_per_node), parallel)
+        budget = kv_budget_bytes(config, measure_memory(self._device(), spec.topology.ranks_per_node))
+        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, budget), parallel)
         host_kv_gb = 0.0 if spec.role is None else spec.role.host_kv_gb
         runner.allocate_kv(num_pages, plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages))
         sizes = self._scheduler_sizes(num_pages)

@@ -143,7 +143,8 @@ class DeepseekV3Builder:
             q_norm=q_norm,
             q_up=q_up,
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
-            kv_up_key=key.contiguous(),
+            # A copy in any case: of a single head it would be a view that keeps the values' half alive.
+            kv_up_key=key.clone(memory_format=torch.contiguous_format),
             kv_up_value=_out_fastest(value.flatten(0, 1)).view(value.shape),
             output=self._matrix(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
