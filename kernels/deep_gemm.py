@@ -1,8 +1,8 @@
 """Grouped matrix product by DeepGEMM (github.com/deepseek-ai/DeepGEMM): our contract in its terms. Not run on hardware.
 
 Knows the library's functions for Hopper and their layouts: rows per expert at multiples of 128 with the expert of each row (int32)
-beside them, or a fixed block per expert with int32 counts; fp32 scales per 1x128 with rows running fastest (what `quantize_per_token`
-gives with `mn_major_scales`) and per 128x128; results in bf16. Signatures and limits were read from its sources, 2.6.1.
+beside them, or a fixed block per expert with int32 counts; fp32 scales per 1x128 with rows running fastest (as `quantize_per_token`
+gives them with `mn_major_scales`) and per 128x128; results in bf16. Signatures and limits were read from its sources, 2.6.1.
 """
 
 from __future__ import annotations

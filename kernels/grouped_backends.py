@@ -1,6 +1,6 @@
 """The implementations of a grouped product by name: what each needs, why one can't be had, and the table by which `auto` chooses.
 
-Knows no tensors. `TABLE` is meant to be measured (benchmarks/h200.py): each entry says where its order comes from.
+Knows no tensors and imports no torch. `TABLE` is meant to be measured (benchmarks/h200.py): each entry says where it comes from.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from moesaic.kernels import deep_gemm
-
 Name = Literal["torch", "triton", "deep_gemm", "cutlass"]
 Kind = Literal["fp8", "bfloat16", "float32"]
 """What the rows and weights are."""
 Layout = Literal["contiguous", "masked"]
 NAMES: tuple[Name, ...] = ("deep_gemm", "cutlass", "triton", "torch")
+"""Those that are expected to be fastest first."""
 HOPPER = (9, 0)
 
 
@@ -32,7 +31,7 @@ class Backend:
 
 
 BACKENDS: dict[Name, Backend] = {
-    "deep_gemm": Backend(module="moesaic.kernels.deep_gemm", kinds=("fp8", "bfloat16"), alignment=deep_gemm.ALIGNMENT),
+    "deep_gemm": Backend(module="moesaic.kernels.deep_gemm", kinds=("fp8", "bfloat16"), alignment=128),
     "cutlass": Backend(module="moesaic.kernels.cute.grouped_gemm", kinds=("fp8", "bfloat16"), alignment=128),
     "triton": Backend(module="moesaic.kernels.triton.grouped_gemm", kinds=("fp8", "bfloat16", "float32"), alignment=1),
     "torch": Backend(module=None, kinds=("fp8", "bfloat16", "float32"), alignment=1),
@@ -84,6 +83,8 @@ def unfit_reason(name: Name, capability: tuple[int, int]) -> str | None:
     if capability != HOPPER:
         return f"made for Hopper (sm_90), and the device is sm_{capability[0]}{capability[1]}"
     if name == "deep_gemm":
+        from moesaic.kernels import deep_gemm
+
         return deep_gemm.missing_reason()
     package, install = {"triton": ("triton", "triton"), "cutlass": ("cutlass", "nvidia-cutlass-dsl")}[name]
     return None if find_spec(package) else f"{package} is not installed (pip install {install})"

@@ -1,11 +1,11 @@
-"""The kernel of the grouped matrix product with CuTe DSL: TMA loads by one warp, wgmma by two warp groups, persistent over valid tiles.
+"""The kernel of the grouped matrix product in CuTe DSL: TMA loads by one warp, wgmma by two warp groups, persistent.
 
 After NVIDIA's example dense_gemm_persistent.py (CUTLASS, BSD-3-Clause). The walk over the experts' tiles is that of
 kernels/triton/grouped_gemm.py: which expert a tile belongs to follows from the counts, which stay on the device. FP8 products are
 taken up into fp32 sums after every 128 inputs, times their scales, as in DeepGEMM. Compiled for Hopper, not run on hardware.
 
-E experts, N outputs, K inputs. M rows: in the masked layout the room of each expert; in the contiguous one all rows, each expert's a
-multiple of 128, so that no tile has rows of two.
+E experts, N outputs, K inputs. M rows: in the masked layout the room of each expert; in the contiguous one all rows, each expert's
+a multiple of 128, so that no tile has rows of two.
 """
 
 from typing import Any

@@ -15,6 +15,7 @@ from moesaic.attention.backend import make_backend
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
@@ -30,7 +31,7 @@ from moesaic.overlap.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". `single_batch_overlap`: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
@@ -39,7 +40,8 @@ class RunnerConfig:
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
@@ -74,7 +76,8 @@ class ModelRunner:
             dtype=config.dtype,
             device=config.device,
             max_positions=config.context_length,
-            expert_runner=config.expert_runner,
+            expert_backends=config.expert_backends,
+            fp8_experts=config.fp8_experts,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,
