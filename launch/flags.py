@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from moesaic.kernels.grouped_backends import NAMES
+
 NumberT = TypeVar("NumberT", int, float)
 
 
@@ -177,7 +179,12 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "torch",
             "deepep",
         ),
-        _choice("--moe-runner-backend", "what computes the experts", "auto", "torch"),
+        _choice(
+            "--moe-runner-backend",
+            "what computes the experts; auto: torch on CPU, on CUDA a table's choice by shape among those that are there",
+            "auto",
+            *NAMES,
+        ),
         _choice(
             "--deepep-mode",
             "dispatch mode; auto: normal if any rank prefills, else low_latency",

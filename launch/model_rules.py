@@ -14,6 +14,18 @@ from moesaic.launch.topology import ModelShape, Topology
 FP8_BLOCK = 128
 
 
+def fp8_expert_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
+    """Experts in FP8 from end to end (on CUDA): a rank's parts of gate and of up are whole blocks, one after the other."""
+    part = shape.moe_intermediate_size // Topology.from_config(config).moe_tp_size
+    for what, size in (("hidden_size", shape.hidden_size), ("a rank's part of moe_intermediate_size", part)):
+        if size % FP8_BLOCK:
+            yield Conflict(
+                flags="--quantization fp8",
+                reason=f"experts in FP8 want sizes that are multiples of {FP8_BLOCK}, and {what} is {size}",
+                remedy="--quantization none, or fewer ranks per expert",
+            )
+
+
 def model_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
     """Model sizes that the layout doesn't divide."""
     topology = Topology.from_config(config)

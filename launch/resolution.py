@@ -21,13 +21,15 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
-from moesaic.launch.model_rules import model_conflicts
+from moesaic.launch.model_rules import fp8_expert_conflicts, model_conflicts
 from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
+from moesaic.launch.runner_choice import resolve_runners
 from moesaic.launch.topology import ModelShape, Topology
 
 NOT_BUILT = "not built yet"
+FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
 MAX_RUNNING_REQUESTS_PER_DP = 256
 # Half of the default low-latency cap; the other half is left to prefill.
 LOW_LATENCY_RUNNING_REQUESTS_PER_DP = 64
@@ -54,6 +56,11 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     device, device_choice = _resolve_device(config, topology, hardware)
     dtype, dtype_choice = _resolve_dtype(config, device)
     quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
+    if quantization == "fp8" and device == "cuda":
+        refuse(fp8_expert_conflicts(config, shape))
+    runners, runner_choice = resolve_runners(
+        config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
+    )
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -66,7 +73,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
         moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
-        moe_runner_backend="torch",
+        moe_runner_backends=runners,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
         enable_dp_lm_head=config.enable_dp_lm_head,
@@ -100,9 +107,9 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         device_choice,
         dtype_choice,
         Choice(capability="communication", chosen=resolved.communication_backend),
-        _kernel_choice("attention backend", "--attention-backend torch", config.attention_backend, device),
+        _attention_choice(config, device),
         mode_choice,
-        _kernel_choice("expert runner", "--moe-runner-backend torch", config.moe_runner_backend, device),
+        runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
         _prefix_cache_choice(config),
@@ -148,15 +155,15 @@ def _resolve_quantization(
                 "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
                 "blocks); leave --quantization out, or take an FP8 checkpoint"
             )
-        how = "FP8 weights, activations per token and 128 channels" + (", simulated" if device == "cpu" else "")
-        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: {how}")
+        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
+        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
     if not shape.fp8_checkpoint:
         return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
     # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
     return "none", Choice(
         capability="quantisation",
         chosen=f"FP8 weights dequantised to {dtype} at load",
-        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else f"FP8 GEMM kernels {NOT_BUILT}"),),
+        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
         downgrade=device == "cuda" and config.quantization == "auto",
         accept="--quantization none",
     )
@@ -176,11 +183,16 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
     return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
 
 
-def _kernel_choice(capability: str, accept: str, asked: str, device: DeviceName) -> Choice:
-    """Attention and experts: only the torch implementation exists, which on a GPU is less than one may expect."""
+def _attention_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    """Only the torch implementation exists, which on a GPU is less than one may expect."""
     reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    downgrade = device == "cuda" and asked == "auto"
-    return Choice(capability=capability, chosen="torch", refused=(("device kernels", reason),), downgrade=downgrade, accept=accept)
+    return Choice(
+        capability="attention backend",
+        chosen="torch",
+        refused=(("device kernels", reason),),
+        downgrade=device == "cuda" and config.attention_backend == "auto",
+        accept="--attention-backend torch",
+    )
 
 
 def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:

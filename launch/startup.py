@@ -127,6 +127,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
     return ModelShape(
         num_heads=model.num_attention_heads,
         num_experts=model.n_routed_experts,
+        hidden_size=model.hidden_size,
         moe_intermediate_size=model.moe_intermediate_size,
         intermediate_size=model.intermediate_size,
         vocab_size=model.vocab_size,
@@ -150,6 +151,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
     return {
         **flags,
         "the device (--device)": plan.resolution.config.device,
+        "what computes the experts (--moe-runner-backend)": ", ".join(plan.resolution.config.moe_runner_backends),
         "the placement of --init-expert-location (sha256)": plan.experts.digest,
         "config.json of --model-path (sha256)": hashlib.sha256(raw).hexdigest()[:16],
         "moesaic version": version(),

@@ -36,18 +36,28 @@ class DispatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ContiguousRows:
-    """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert."""
+    """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert.
+
+    scales: None, or `hidden` is e4m3 and these are its, fp32 [sum(counts), H / 128].
+    """
 
     hidden: Tensor
     counts: list[int]
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedRows:
-    """Low-latency layout: hidden [num_local, M, H], of which the first counts[e] rows of expert e are valid (int64, on device)."""
+    """Low-latency layout: hidden [num_local, M, H], of which the first counts[e] rows of expert e are valid (int64, on device).
+
+    scales: None, or `hidden` is e4m3 and these are its, fp32 [num_local, M, H / 128]. expected_rows: per expert, on average (None:
+    nobody knows); kernels may choose their tiles by it.
+    """
 
     hidden: Tensor
     counts: Tensor
+    scales: Tensor | None = None
+    expected_rows: int | None = None
 
 
 ExpertRows = ContiguousRows | MaskedRows

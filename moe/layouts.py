@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -55,8 +55,14 @@ class ArrangedPart:
 
     def pick(self, rows: ExpertRows) -> ExpertRows:
         """Rows [.., any width] in the whole's layout -> this part's."""
-        flat = rows.hidden.reshape(self.whole.row_map.num_rows, rows.hidden.shape[-1])
-        return _as_rows(flat.index_select(0, self.origin), self.counts, self.whole.layout, self.num_tokens)
+        picked = _as_rows(self._pick(rows.hidden), self.counts, self.whole.layout, self.num_tokens)
+        if rows.scales is None:
+            return picked
+        scales = _as_rows(self._pick(rows.scales), self.counts, self.whole.layout, self.num_tokens).hidden
+        return replace(picked, scales=scales)
+
+    def _pick(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.whole.row_map.num_rows, rows.shape[-1]).index_select(0, self.origin)
 
 
 def part_of(whole: Arranged, tokens: Tensor) -> ArrangedPart:

@@ -17,6 +17,7 @@ from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.page_allocator import PageArray
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
 from moesaic.launch.engine.graphs import GraphBackend, GraphedForwards
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
@@ -34,7 +35,7 @@ from moesaic.overlap.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". `single_batch_overlap`: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
@@ -43,7 +44,8 @@ class RunnerConfig:
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
@@ -78,7 +80,8 @@ class ModelRunner:
             dtype=config.dtype,
             device=config.device,
             max_positions=config.context_length,
-            expert_runner=config.expert_runner,
+            expert_backends=config.expert_backends,
+            fp8_experts=config.fp8_experts,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,

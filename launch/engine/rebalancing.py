@@ -39,7 +39,7 @@ class Rebalancing:
         self._replicas = runner.replicas
         wire, quarantine = ProcessGroupWire(group), Quarantine()
         mover = WeightMover(
-            layers=[(experts.gate_up, experts.down) for experts in runner.experts],
+            layers=[experts.tensors for experts in runner.experts],
             wire=wire,
             quarantine=quarantine,
             clock=time.monotonic,
