@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moesaic.attention.extend_groups import MAX_GROUP_TOKENS
+from moesaic.attention.config import MAX_GROUP_TOKENS
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.dispatch_limits import tokens_cap_per_dp
 from moesaic.launch.models.config import ModelConfig
