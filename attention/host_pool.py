@@ -87,7 +87,7 @@ class HostKVPool:
         """So that copies run at the bus's speed, beside computation."""
         first = self._pool.pages(0)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(runtime.cudaHostRegister(first.data_ptr(), first.nbytes * self._num_layers, 0))
+        torch.cuda.check_error(runtime.cudaHostRegister(first.data_ptr(), first.untyped_storage().nbytes(), 0))
         weakref.finalize(self, runtime.cudaHostUnregister, first.data_ptr())
 
 
