@@ -22,6 +22,7 @@ A2ABackend = Literal["none", "torch", "deepep"]
 TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
+KVDTypeName = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class ServerConfig:
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int = 16384
     page_size: int | None = None
+    kv_cache_dtype: Literal["auto", "bf16", "bfloat16", "fp8_e4m3"] = "auto"
     schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
     disable_radix_cache: bool = False
     radix_eviction_policy: Literal["lru"] = "lru"
@@ -136,6 +138,7 @@ class ResolvedConfig:
     load_format: Literal["safetensors", "dummy"]
     device: DeviceName
     dtype: DTypeName
+    kv_dtype: KVDTypeName
     quantization: Literal["none", "fp8"]
     context_length: int
     communication_backend: Literal["gloo", "nccl"]

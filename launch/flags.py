@@ -302,6 +302,9 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--chunked-prefill-size", "prompt tokens per step, on the whole server; -1: whole prompts", chunk_size),
         _flag("--max-prefill-tokens", "prompt tokens that one DP rank admits in one step", positive_int),
         _flag("--page-size", "KV cache tokens per page (16 CPU, 64 CUDA)", positive_int),
+        _choice(
+            "--kv-cache-dtype", "auto: the model's; fp8_e4m3: half of bfloat16's memory", "auto", "bf16", "bfloat16", "fp8_e4m3"
+        ),
         _choice("--schedule-policy", "order of admission; lpm: longest cached prefix first", "fcfs", "lpm"),
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),

@@ -17,7 +17,7 @@ from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.tensors import KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
 from moesaic.launch.topology import Topology
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 FP8_BLOCK = 128
 SCALE_BYTES = 4
 SKEW = 2
@@ -87,7 +87,7 @@ def expert_bytes(inputs: MemoryInputs) -> int:
 
 def kv_bytes_per_token(inputs: MemoryInputs) -> int:
     """Exactly (kv_lora_rank + rope) elements per layer."""
-    return inputs.model.num_hidden_layers * inputs.model.latent_dim * inputs.element_bytes
+    return inputs.model.num_hidden_layers * inputs.model.latent_dim * DTYPE_BYTES[inputs.config.kv_dtype]
 
 
 def rope_table_bytes(inputs: MemoryInputs) -> int:

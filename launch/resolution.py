@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
-from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
+from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, KVDTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
@@ -61,6 +61,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     runners, runner_choice = resolve_runners(
         config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
     )
+    kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -68,6 +69,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         quantization=quantization,
         context_length=_context_length(config, shape),
         communication_backend="gloo" if device == "cpu" else "nccl",
@@ -112,6 +114,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
+        kv_choice,
         _prefix_cache_choice(config),
         graph_choice,
         _overlap_choice(config, device),
@@ -211,6 +214,15 @@ def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
         downgrade=hardware.cpu_kernels_missing != wanted,
         accept=f"the environment variable {wanted}",
     )
+
+
+def _resolve_kv_dtype(config: ServerConfig, device: DeviceName, dtype: DTypeName) -> tuple[KVDTypeName, Choice]:
+    if config.kv_cache_dtype == "fp8_e4m3":
+        how = ", computed by torch, slowly: a CPU has no FP8" if device == "cpu" else ""
+        return "float8_e4m3fn", Choice(capability="KV cache", chosen=f"FP8 (e4m3), scale 1{how}")
+    if config.kv_cache_dtype != "auto" and dtype != "bfloat16":
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the model computes in {dtype}; use auto or fp8_e4m3")
+    return dtype, Choice(capability="KV cache", chosen=dtype)
 
 
 def _prefix_cache_choice(config: ServerConfig) -> Choice:

@@ -35,11 +35,12 @@ from moesaic.overlap.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". Others: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". kv_dtype None: `dtype`. Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     device: str = "cpu"
     context_length: int = 4096
     page_size: int = 16
@@ -108,7 +109,7 @@ class ModelRunner:
     def kv_bytes_per_token(self) -> int:
         """Exactly (kv_lora_rank + rope) elements per layer."""
         model = self.model_config
-        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.dtype)
+        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.kv_dtype or self.config.dtype)
 
     def allocate_kv(self, num_pages: int, num_host_pages: int = 0) -> None:
         """Make the KV pool, and where wanted `host_kv`, pages in host memory for KV that has to make room."""
@@ -117,7 +118,7 @@ class ModelRunner:
             num_pages=num_pages,
             page_size=self.config.page_size,
             latent_dim=self.model_config.latent_dim,
-            dtype=self.config.dtype,
+            dtype=self.config.kv_dtype or self.config.dtype,
             device=torch.device(self.config.device),
         )
         if num_host_pages:

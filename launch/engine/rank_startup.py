@@ -173,6 +173,7 @@ class RankStartup:
                 model_path=config.model_path,
                 load_format=config.load_format,
                 dtype=getattr(torch, config.dtype),
+                kv_dtype=getattr(torch, config.kv_dtype),
                 device=self._device(),
                 context_length=config.context_length,
                 page_size=config.page_size,

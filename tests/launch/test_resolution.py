@@ -254,6 +254,15 @@ def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
     assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"
 
 
+def test_the_kv_cache_may_be_fp8() -> None:
+    assert settle().config.kv_dtype == "float32"
+    assert settle(kv_cache_dtype="fp8_e4m3").config.kv_dtype == "float8_e4m3fn"
+    assert "a CPU has no FP8" in row(settle(kv_cache_dtype="fp8_e4m3"), "KV cache")["chosen"]
+    assert settle(hardware=GPU_BOX, kv_cache_dtype="bf16").config.kv_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype bf16: the model computes in float32; use auto or fp8_e4m3"):
+        settle(kv_cache_dtype="bf16")
+
+
 def test_the_report_is_json_and_names_every_capability_once() -> None:
     rows = report_rows(settle(**DP2).choices)
 
