@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.kernels.grouped_backends import Name as RunnerName
+
 DispatchMode = Literal["auto", "normal", "low_latency"]
 RecorderMode = Literal["stat", "per_pass", "per_token"]
 A2ABackend = Literal["none", "torch", "deepep"]
@@ -59,7 +61,7 @@ class ServerConfig:
     load_balance_method: Literal["auto", "round_robin", "total_tokens", "total_requests"] = "auto"
     # Experts
     moe_a2a_backend: A2ABackend = "none"
-    moe_runner_backend: Literal["auto", "torch"] = "auto"
+    moe_runner_backend: RunnerName | Literal["auto"] = "auto"
     deepep_mode: DispatchMode = "auto"
     deepep_max_dispatch_tokens_per_rank: int = 128
     # Placement of experts
@@ -100,6 +102,8 @@ class ServerConfig:
     radix_eviction_policy: Literal["lru"] = "lru"
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False
+    cuda_graph_bs: tuple[int, ...] | None = None
+    cuda_graph_max_bs: int | None = None
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention_backend: Literal["auto", "torch"] = "auto"
@@ -121,7 +125,10 @@ class ResolvedConfig:
     `two_batch_overlap`: from which step sizes on is measured when the ranks start, or read (`RankSpec.calibration`);
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
+    `moe_runner_backends`: what computes the experts' products; of several the table of kernels/grouped_backends.py chooses
+    by the product's shape.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
+    `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
     `dist_timeout` and `watchdog_timeout` are in seconds.
     """
 
@@ -134,7 +141,7 @@ class ResolvedConfig:
     communication_backend: Literal["gloo", "nccl"]
     attention_backend: Literal["torch"]
     moe_a2a_backend: Literal["none", "torch"]
-    moe_runner_backend: Literal["torch"]
+    moe_runner_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int
     enable_dp_lm_head: bool
@@ -149,6 +156,7 @@ class ResolvedConfig:
     max_total_tokens: int | None
     chunked_prefill_tokens_per_dp: int
     page_size: int
+    cuda_graph_rows: tuple[int, ...]
     recorder_mode: RecorderMode
     recorder_buffer_size: int
     schedule_policy: Literal["fcfs", "lpm"]
@@ -159,3 +167,8 @@ class ResolvedConfig:
     load_balance_method: Literal["round_robin", "total_tokens", "total_requests"]
     max_queued_requests: int
     log_level: Literal["debug", "info", "warning", "error"]
+
+    @property
+    def fp8_experts(self) -> bool:
+        """Whether routed experts keep their FP8 weights and compute in FP8; on a CPU W8A8 is simulated."""
+        return self.quantization == "fp8" and self.device == "cuda"

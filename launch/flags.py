@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from moesaic.kernels.grouped_backends import NAMES
+
 NumberT = TypeVar("NumberT", int, float)
 
 
@@ -73,7 +75,8 @@ def _checked(text: str, kind: type[NumberT], legal: Callable[[NumberT], bool], w
 class Flag:
     """One flag.
 
-    The first of `names` gives the ServerConfig field. `kind` None means a switch that turns the field on.
+    The first of `names` gives the ServerConfig field. `kind` None means a switch that turns the field on. `several`: takes one
+    value or more, a tuple in the ServerConfig.
     """
 
     names: tuple[str, ...]
@@ -81,6 +84,7 @@ class Flag:
     kind: Callable[[str], Any] | None = str
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
+    several: bool = False
 
     @property
     def field(self) -> str:
@@ -175,7 +179,12 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "torch",
             "deepep",
         ),
-        _choice("--moe-runner-backend", "what computes the experts", "auto", "torch"),
+        _choice(
+            "--moe-runner-backend",
+            "what computes the experts; auto: torch on CPU, on CUDA a table's choice by shape among those that are there",
+            "auto",
+            *NAMES,
+        ),
         _choice(
             "--deepep-mode",
             "dispatch mode; auto: normal if any rank prefills, else low_latency",
@@ -297,7 +306,15 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
         _switch("--disable-overlap-schedule", "schedule a step only when the step before has been handled"),
-        _switch("--disable-cuda-graph", "accept that no CUDA graphs are used (they are not yet)"),
+        _switch("--disable-cuda-graph", "decode steps run operation by operation"),
+        Flag(
+            names=("--cuda-graph-bs",),
+            help="requests per DP rank that CUDA graphs are captured for (1, 2, 4, 8, 16, ...)",
+            kind=positive_int,
+            metavar="N",
+            several=True,
+        ),
+        _flag("--cuda-graph-max-bs", "the most requests per DP rank that they are captured for (all that may run)", positive_int),
     ),
     "device and process": (
         _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
@@ -336,7 +353,6 @@ LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
     *_later("DeepEP", deepep_config=()),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
-    *_later("CUDA graphs", cuda_graph_max_bs=(), cuda_graph_bs=()),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
     *_later("deterministic logits", deterministic=None),
 )

@@ -9,7 +9,7 @@ downgrade (`launch/report.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
@@ -18,15 +18,18 @@ from moesaic.launch.conflicts import Conflict, refuse
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
-from moesaic.launch.model_rules import model_conflicts
+from moesaic.launch.model_rules import fp8_expert_conflicts, model_conflicts
 from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
+from moesaic.launch.runner_choice import resolve_runners
 from moesaic.launch.topology import ModelShape, Topology
 
 NOT_BUILT = "not built yet"
+FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
 MAX_RUNNING_REQUESTS_PER_DP = 256
 # Half of the default low-latency cap; the other half is left to prefill.
 LOW_LATENCY_RUNNING_REQUESTS_PER_DP = 64
@@ -53,6 +56,11 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     device, device_choice = _resolve_device(config, topology, hardware)
     dtype, dtype_choice = _resolve_dtype(config, device)
     quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
+    if quantization == "fp8" and device == "cuda":
+        refuse(fp8_expert_conflicts(config, shape))
+    runners, runner_choice = resolve_runners(
+        config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
+    )
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -65,7 +73,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
         moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
-        moe_runner_backend="torch",
+        moe_runner_backends=runners,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
         enable_dp_lm_head=config.enable_dp_lm_head,
@@ -82,6 +90,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         recorder_mode=config.expert_distribution_recorder_mode,
         recorder_buffer_size=config.expert_distribution_recorder_buffer_size,
         page_size=config.page_size or PAGE_SIZE[device],
+        cuda_graph_rows=(),
         schedule_policy=config.schedule_policy,
         enable_prefix_cache=not config.disable_radix_cache,
         num_threads=config.num_threads or max(1, hardware.num_cores // topology.ranks_per_node),
@@ -92,17 +101,19 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         log_level=config.log_level,
     )
     refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
+    cuda_graph_rows, graph_choice = choose_graphs(config, resolved, topology)
+    resolved = replace(resolved, cuda_graph_rows=cuda_graph_rows)
     choices = (
         device_choice,
         dtype_choice,
         Choice(capability="communication", chosen=resolved.communication_backend),
-        _kernel_choice("attention backend", "--attention-backend torch", config.attention_backend, device),
+        _attention_choice(config, device),
         mode_choice,
-        _kernel_choice("expert runner", "--moe-runner-backend torch", config.moe_runner_backend, device),
+        runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
         _prefix_cache_choice(config),
-        _graph_choice(config, device),
+        graph_choice,
         _overlap_choice(config, device),
         *role_choices,
     )
@@ -144,15 +155,15 @@ def _resolve_quantization(
                 "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
                 "blocks); leave --quantization out, or take an FP8 checkpoint"
             )
-        how = "FP8 weights, activations per token and 128 channels" + (", simulated" if device == "cpu" else "")
-        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: {how}")
+        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
+        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
     if not shape.fp8_checkpoint:
         return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
     # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
     return "none", Choice(
         capability="quantisation",
         chosen=f"FP8 weights dequantised to {dtype} at load",
-        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else f"FP8 GEMM kernels {NOT_BUILT}"),),
+        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
         downgrade=device == "cuda" and config.quantization == "auto",
         accept="--quantization none",
     )
@@ -172,11 +183,16 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
     return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
 
 
-def _kernel_choice(capability: str, accept: str, asked: str, device: DeviceName) -> Choice:
-    """Attention and experts: only the torch implementation exists, which on a GPU is less than one may expect."""
+def _attention_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    """Only the torch implementation exists, which on a GPU is less than one may expect."""
     reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    downgrade = device == "cuda" and asked == "auto"
-    return Choice(capability=capability, chosen="torch", refused=(("device kernels", reason),), downgrade=downgrade, accept=accept)
+    return Choice(
+        capability="attention backend",
+        chosen="torch",
+        refused=(("device kernels", reason),),
+        downgrade=device == "cuda" and config.attention_backend == "auto",
+        accept="--attention-backend torch",
+    )
 
 
 def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
@@ -201,19 +217,6 @@ def _prefix_cache_choice(config: ServerConfig) -> Choice:
     if config.disable_radix_cache:
         return Choice(capability="prefix cache", chosen="off", refused=(("radix", "--disable-radix-cache"),))
     return Choice(capability="prefix cache", chosen=f"radix, {config.radix_eviction_policy}, per DP rank")
-
-
-def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
-    if config.disable_cuda_graph:
-        return Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
-    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    return Choice(
-        capability="CUDA graphs",
-        chosen="off",
-        refused=(("on", reason),),
-        downgrade=device == "cuda",
-        accept="--disable-cuda-graph",
-    )
 
 
 def _schedule_overlaps(config: ServerConfig, device: DeviceName) -> bool:

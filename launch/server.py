@@ -30,6 +30,7 @@ from moesaic.launch.http.errors import EngineFailedError
 from moesaic.launch.http.serve import bind
 from moesaic.launch.http.serve import serve as serve_http
 from moesaic.launch.layout_rules import layout_conflicts
+from moesaic.launch.memory_plan import memory_rows
 from moesaic.launch.multi_node import GRACE_SECONDS, rank_specs, run_other_node, watched_nodes
 from moesaic.launch.rendezvous import NodeWatch
 from moesaic.launch.report import report_rows
@@ -111,6 +112,7 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         model_type=plan.model.model_type,
         server_args={name: value for name, value in asdict(config).items() if name != "api_key"},
         resolution=tuple(report_rows(plan.resolution.choices)),
+        memory_plan=memory_rows(plan.memory),
         version=version(),
         role=config.disaggregation_mode,
         bootstrap_port=config.disaggregation_bootstrap_port,

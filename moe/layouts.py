@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from moesaic.kernels.permute import RowMap, contiguous_map, from_rows, masked_map, to_rows, weighted_rows
-from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, ExpertRows, MaskedRows
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,14 @@ class ArrangedPart:
 
     def pick(self, rows: ExpertRows) -> ExpertRows:
         """Rows [.., any width] in the whole's layout -> this part's."""
-        flat = rows.hidden.reshape(self.whole.row_map.num_rows, rows.hidden.shape[-1])
-        return _as_rows(flat.index_select(0, self.origin), self.counts, self.whole.layout, self.num_tokens)
+        picked = _as_rows(self._pick(rows.hidden), self.counts, self.whole.layout, self.num_tokens)
+        if rows.scales is None:
+            return picked
+        scales = _as_rows(self._pick(rows.scales), self.counts, self.whole.layout, self.num_tokens).hidden
+        return replace(picked, scales=scales)
+
+    def _pick(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.whole.row_map.num_rows, rows.shape[-1]).index_select(0, self.origin)
 
 
 def part_of(whole: Arranged, tokens: Tensor) -> ArrangedPart:

@@ -16,9 +16,11 @@ from enum import Enum, auto
 from moesaic.launch.disaggregation.agreement import Sign
 from moesaic.launch.disaggregation.handover import Handover, decode_handover
 from moesaic.launch.disaggregation.protocol import WARMUP_HOST, TransferState
-from moesaic.launch.disaggregation.receiver import DecodeTransfer, ReceiverRoom, TransferStats
+from moesaic.launch.disaggregation.receiver import DecodeTransfer
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
 from moesaic.launch.disaggregation.room_end import GIVEN_UP, RoomEntry, bootstrap_of, open_room, report_failure
 from moesaic.launch.disaggregation.room_list import RoomList
+from moesaic.launch.disaggregation.room_reads import TransferStats
 from moesaic.launch.disaggregation.transfer import Receiver
 from moesaic.launch.engine.messages import GenerateRequest, RoomLoad, TokenLogprobs
 from moesaic.launch.engine.plan import Chunk

@@ -105,6 +105,7 @@ class MooncakeBackend:
         self._readers.shutdown(cancel_futures=True)
         for address in self._memory.addresses:
             self._engine.unregister_memory(address)
+        del self._engine  # its end takes a while: here, and not in whatever thread the garbage collector runs
 
     def _read(self, remote: _Description, runs: Sequence[PageRun]) -> int:
         pieces = run_pieces(self._memory, remote.memory, runs)

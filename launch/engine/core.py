@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.controls import Controls
@@ -235,7 +235,7 @@ class RankEngine:
     def _job(self, plan: Plan, step: Step) -> tuple[Launch, StepJob]:
         """Launch the plan in the scheduler, and say what the worker has to do for it."""
         table, device = self.scheduler.table, self._device
-        batch = build_batch(plan, table, self.runner.config.page_size, device)
+        batch = build_batch(plan, table, self.runner.config.page_size, device, one_bucket=step.graph is not None)
         inputs = ForwardInput(
             input_ids=batch.input_ids,
             metadata=batch.metadata,
@@ -253,6 +253,7 @@ class RankEngine:
             num_tokens=sum(step.num_tokens),
             inputs=inputs,
             split=self._split(inputs, step),
+            graph=step.graph,
             decode_slots=torch.from_numpy(plan.decode_slots).to(device),
             sampled_slots=torch.from_numpy(launch.slots).to(device),
             known_slots=torch.from_numpy(known_slots).to(device),

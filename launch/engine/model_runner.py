@@ -17,6 +17,9 @@ from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.page_allocator import PageArray
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import Name
+from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
+from moesaic.launch.engine.graphs import GraphBackend, GraphedForwards
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
@@ -32,7 +35,7 @@ from moesaic.overlap.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". `single_batch_overlap`: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
@@ -41,7 +44,8 @@ class RunnerConfig:
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
@@ -76,7 +80,8 @@ class ModelRunner:
             dtype=config.dtype,
             device=config.device,
             max_positions=config.context_length,
-            expert_runner=config.expert_runner,
+            expert_backends=config.expert_backends,
+            fp8_experts=config.fp8_experts,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,
@@ -87,6 +92,7 @@ class ModelRunner:
         self._pool: LatentKVPool | None = None
         self.host_kv: HostKVPool | None = None
         self._timeline: Timeline | None = None
+        self._graphs: GraphedForwards | None = None
 
     @staticmethod
     def count_tensors(config: ModelConfig, parallel: ParallelContext, slots: SlotOptions) -> int:
@@ -163,11 +169,29 @@ class ModelRunner:
         """
         self._model.communications.transport = watcher
 
-    def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None, split: ForwardSplit | None = None) -> Tensor:
+    def capture_graphs(self, plan: GraphPlan, backend: GraphBackend, on_graph: Callable[[int, int], None]) -> None:
+        """Capture the decode forwards of the plan; `on_graph`: with graphs captured and graphs in all. Collective."""
+        assert self._pool is not None, "allocate_kv comes first"
+        device = torch.device(self.config.device)
+        graphs = GraphedForwards(plan, backend, model=self._model, pool=self._pool, parallel=self.parallel, device=device)
+        graphs.capture(lambda done: on_graph(done, graphs.num_graphs))
+        self._graphs = graphs
+
+    def forward(
+        self,
+        inputs: ForwardInput,
+        observer: LoadObserver | None = None,
+        split: ForwardSplit | None = None,
+        graph: GraphStep | None = None,
+    ) -> Tensor:
         """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all.
 
-        `split`: run as these two micro-batches; on all ranks or on none. Raises OperationError: with `fatal` False only after all
+        `split`: run as these two micro-batches; `graph`: replay it instead, the logits of whose blank rows come after those of the
+        N; on all ranks or on none. Raises OperationError: with `fatal` False only after all
         collectives of the forward have been completed, so that the next forward may be run; the KV that this one wrote is void.
         """
         assert self._pool is not None, "allocate_kv comes first"
+        if graph is not None:
+            assert self._graphs is not None, "no graphs were captured"
+            return self._graphs.run(inputs, graph, observer, self._timeline)
         return self._model.forward(inputs, self._pool, observer, split, self._timeline)

@@ -13,13 +13,16 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from moesaic.eplb.replica_choice import RandomChoice
 from moesaic.kernels.native.build import why_missing
 from moesaic.kernels.native.library import status
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
 from moesaic.launch.engine.calibration import Calibration, settle_profile
 from moesaic.launch.engine.core import RankEngine
-from moesaic.launch.engine.memory import plan_num_host_pages, plan_num_pages
+from moesaic.launch.engine.cuda_graphs import CudaGraphs
+from moesaic.launch.engine.graph_plan import GraphPlan, table_widths
+from moesaic.launch.engine.memory import kv_budget_bytes, measure_memory, plan_num_host_pages, plan_num_pages
 from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import (
@@ -97,12 +100,14 @@ class RankStartup:
         parallel, groups = self._join()
         runner = self._load(parallel, phases)
         phases.enter("allocate KV")
-        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, spec.topology.ranks_per_node), parallel)
+        budget = kv_budget_bytes(config, measure_memory(self._device(), spec.topology.ranks_per_node))
+        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, budget), parallel)
         host_kv_gb = 0.0 if spec.role is None else spec.role.host_kv_gb
         runner.allocate_kv(num_pages, plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages))
         sizes = self._scheduler_sizes(num_pages)
         rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
         costs = self._retraction_costs(rules, runner, sizes, phases)
+        rules = self._captured(rules, runner, phases)
         engine = assemble_engine(self._settings(sizes, rules, costs), runner, self._activity, groups)
         if self._attach is not None and spec.role is not None:
             phases.enter("get ready for transfers")
@@ -172,7 +177,8 @@ class RankStartup:
                 context_length=config.context_length,
                 page_size=config.page_size,
                 attention_backend=config.attention_backend,
-                expert_runner=config.moe_runner_backend,
+                expert_backends=config.moe_runner_backends,
+                fp8_experts=config.fp8_experts,
                 fp8_activations=config.quantization == "fp8",
                 slots=self._spec.slots,
                 single_batch_overlap=config.single_batch_overlap,
@@ -230,6 +236,21 @@ class RankStartup:
         phases.enter("calibrate overlap")
         split_from, profile = settle_profile(source, Calibration(runner, rules, sizes), phases.report)
         return replace(rules, split_from=split_from), profile
+
+    def _captured(self, rules: StepRules, runner: ModelRunner, phases: PhaseTimer) -> StepRules:
+        """The rules with the sizes of the decode steps that replay graphs."""
+        config = self._spec.config
+        if not config.cuda_graph_rows:
+            return rules
+        phases.enter("capture CUDA graphs")
+        plan = GraphPlan(
+            rows=config.cuda_graph_rows,
+            widths=table_widths(config.context_length, config.page_size),
+            split_from=rules.split_from.decode,
+        )
+        generators = [runner.replicas.generator] if isinstance(runner.replicas, RandomChoice) else []
+        runner.capture_graphs(plan, CudaGraphs(generators), phases.report)
+        return replace(rules, graph_rows=plan.rows)
 
     def _retraction_costs(
         self, rules: StepRules, runner: ModelRunner, sizes: SchedulerConfig, phases: PhaseTimer

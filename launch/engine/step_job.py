@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
+from moesaic.launch.engine.graph_plan import GraphStep
 from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, SampledLogprobs
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.recording import LoadRecording
@@ -36,11 +37,11 @@ logger = logging.getLogger(__name__)
 class StepJob:
     """What a step runs.
 
-    inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. decode_slots int64 [D], sampled_slots
-    int64 [S]: slots of the decode rows and of the sampled ones. known_slots, known_tokens int64 [K]: slots whose last token was not
-    sampled here, and that token. restoration: KV to be copied back from host memory before the forward. num_tokens: of all DP
-    ranks. spoiled_pages int64 [P]: their KV may hold NaN, which would reach those who get the pages next even where they are
-    masked: cleared before the forward.
+    inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. graph: to replay instead.
+    decode_slots int64 [D], sampled_slots int64 [S]: slots of the decode rows and of the sampled ones. known_slots, known_tokens
+    int64 [K]: slots whose last token was not sampled here, and that token. restoration: KV to be copied back from host memory
+    before the forward. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may hold NaN, which would reach those who get
+    the pages next even where they are masked: cleared before the forward.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepJob:
     num_tokens: int
     inputs: ForwardInput
     split: ForwardSplit | None
+    graph: GraphStep | None
     decode_slots: Tensor
     sampled_slots: Tensor
     known_slots: Tensor
@@ -120,7 +122,7 @@ class StepRunner:
             torch.index_select(self._last_tokens, 0, job.decode_slots, out=job.inputs.input_ids[:num_decode])
         failure, logits = None, None
         try:
-            logits = self._runner.forward(job.inputs, job.observer, job.split)
+            logits = self._runner.forward(job.inputs, job.observer, job.split, job.graph)
         except OperationError as error:
             if error.fatal:
                 raise

@@ -104,6 +104,7 @@ def _server_info(services: Services) -> dict[str, Any]:
         "max_total_num_tokens": sum(load.max_total_num_tokens for load in client.loads()),
         "context_length": config.context_length,
         "resolution": _resolution(services),
+        "memory_plan": dict(config.memory_plan),
         "status": "failing" if client.problem() else "ready",
         "version": config.version,
         "internal_states": [_internal_state(services)],

@@ -14,9 +14,11 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
+from moesaic.launch.models.expert_loader import ExpertLoader
 from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
 from moesaic.launch.models.layers import DenseDecoderLayer, LayerParts, SparseDecoderLayer
 from moesaic.launch.models.parallel import ParallelContext
@@ -26,27 +28,36 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
 from moesaic.moe.counted_exchange import CountedExchange
+from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatcher import Dispatcher
-from moesaic.moe.experts import ExpertWeights, make_expert_runner
+from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block.
+    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block, at least.
 
+    `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
+    `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
     `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
     """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     max_positions: int = 4096
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+
+    @property
+    def for_torch(self) -> bool:
+        """Whether torch alone computes the experts."""
+        return self.expert_backends == ("torch",)
 
 
 class DeepseekV3Builder:
@@ -143,7 +154,8 @@ class DeepseekV3Builder:
             q_norm=q_norm,
             q_up=q_up,
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
-            kv_up_key=key.contiguous(),
+            # A copy in any case: of a single head it would be a view that keeps the values' half alive.
+            kv_up_key=key.clone(memory_format=torch.contiguous_format),
             kv_up_value=_out_fastest(value.flatten(0, 1)).view(value.shape),
             output=self._matrix(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
@@ -193,8 +205,10 @@ class DeepseekV3Builder:
         placement = ExpertPlacement(
             num_slots=self._location.num_slots, ep_size=self._parallel.ep_size, ep_rank=self._parallel.ep_rank
         )
-        held = self._location.physical_to_logical[sparse_index, placement.first : placement.first + placement.num_local]
-        experts = self._load_experts(prefix, held.tolist())
+        held = self._location.physical_to_logical[sparse_index, placement.first : placement.first + placement.num_local].tolist()
+        options = self._options
+        load = ExpertLoader(config, self._source, self._parallel, dtype=options.dtype, device=options.device)
+        experts = load.fp8(prefix, held) if options.fp8_experts else load.plain(prefix, held, out_fastest=options.for_torch)
         self._experts.append(experts)
         return SparseLayer(
             index=sparse_index,
@@ -204,35 +218,17 @@ class DeepseekV3Builder:
             replicas_communicate=self._replicas is not None and replicas_communicate(self._parallel, self._options.slots),
             dispatcher=self._dispatcher(placement),
             experts=make_expert_runner(
-                self._options.expert_runner,
+                self._options.expert_backends,
                 experts,
+                dtype=self._options.dtype,
                 fp8_activations=self._options.fp8_activations,
             ),
             shared_expert=shared,
         )
 
-    def _load_experts(self, prefix: str, held: list[int]) -> ExpertWeights:
-        """The experts of this rank's slots, filled one by one so that nothing is held twice."""
-        config, parallel = self._config, self._parallel
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        rows, columns = (Shard(dim, parallel.moe_tp_rank, parallel.moe_tp_size) for dim in (0, 1))
-        part = width // parallel.moe_tp_size
-        gate_up = self._expert_tensor(len(held), 2 * part, hidden)
-        down = self._expert_tensor(len(held), hidden, part)
-        for local, expert in enumerate(held):
-            name = f"{prefix}.experts.{expert}"
-            gate_up[local, :part] = self._tensor(f"{name}.gate_proj.weight", width, hidden, shard=rows)
-            gate_up[local, part:] = self._tensor(f"{name}.up_proj.weight", width, hidden, shard=rows)
-            down[local] = self._tensor(f"{name}.down_proj.weight", hidden, width, shard=columns)
-        return ExpertWeights(gate_up=gate_up, down=down)
-
-    def _expert_tensor(self, num_experts: int, rows: int, columns: int) -> Tensor:
-        """Uninitialised [E, out, in] with `out` running fastest: few rows times such a weight is up to a third faster on CPU."""
-        options = self._options
-        return torch.empty(num_experts, columns, rows, dtype=options.dtype, device=options.device).transpose(1, 2)
-
     def _dispatcher(self, placement: ExpertPlacement) -> Dispatcher[Any]:
-        parallel, alignment = self._parallel, self._options.alignment
+        parallel = self._parallel
+        alignment = max(self._options.alignment, *(BACKENDS[name].alignment for name in self._options.expert_backends))
         if parallel.a2a_backend == "none":
             return AllGatherDispatcher(
                 placement=placement,

@@ -124,6 +124,12 @@ class DeepseekV3:
         return logits
 
     @property
+    def experts_per_token(self) -> int:
+        """K of the choices that observers are shown; 0 without sparse layers."""
+        sparse = (layer for layer in self._layers if isinstance(layer, SparseDecoderLayer))
+        return next((layer.moe.gate.topk for layer in sparse), 0)
+
+    @property
     def _head_communicates(self) -> bool:
         return self._head.over_world or self._group.size > 1
 

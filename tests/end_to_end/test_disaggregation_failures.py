@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import httpx
 import pytest
 from http_server import wait_for
 from live_server import LiveServer, free_port
-from pd_servers import PdPair, next_room, pd_pair
+from pd_servers import PdPair, greedy, kill, next_room, pd_pair, post, start_prefill
 from router_process import pd_router
 from tiny_models import TinyModel
 
@@ -29,29 +27,6 @@ def pair(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     flags = ("--max-total-tokens", "256", "--num-reserved-decode-tokens", "8")
     with pd_pair(model.folder, tmp_path_factory.mktemp("pd"), ("--chunked-prefill-size", "16"), flags) as pair:
         yield pair
-
-
-def greedy(prompt: list[int], num_tokens: int) -> dict[str, Any]:
-    return {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}}
-
-
-def post(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
-    with server.client() as client:
-        return client.post("/generate", json=body)
-
-
-def start_prefill(model: TinyModel, log: Path, bootstrap_port: int, port: int, *, chunk: int = 16) -> LiveServer:
-    flags = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port))
-    server = LiveServer(model.folder, log, *flags, "--max-total-tokens", "2048", "--chunked-prefill-size", str(chunk), port=port)
-    server.wait_ready()
-    return server
-
-
-def kill(server: LiveServer) -> None:
-    """The launcher and its ranks, without a word."""
-    for pid in [*server.rank_pids(), server.process.pid]:
-        os.kill(pid, signal.SIGKILL)
-    server.process.wait()
 
 
 def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: TinyModel) -> None:
@@ -73,7 +48,7 @@ def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: 
 
 def test_a_dead_prefill_fails_its_requests_and_no_others(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:
     bootstrap_port, port = free_port(), free_port()
-    doomed = start_prefill(model, tmp_path / "doomed.log", bootstrap_port, port)
+    doomed = start_prefill(model.folder, tmp_path / "doomed.log", bootstrap_port, port)
     # Frozen in the middle: it has welcomed the decode rank, and will never send the last page.
     known = {"bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap_port, "bootstrap_room": next_room()}
     warm = {**greedy(PROMPT, 2), **known}
@@ -97,7 +72,7 @@ def test_a_dead_prefill_fails_its_requests_and_no_others(pair: PdPair, model: Ti
         assert part in message, message
     wait_for(lambda: pair.used_tokens() == 0, 20)
 
-    returned = start_prefill(model, tmp_path / "returned.log", bootstrap_port, port, chunk=1)
+    returned = start_prefill(model.folder, tmp_path / "returned.log", bootstrap_port, port, chunk=1)
     try:
         again = {**greedy(PROMPT, 6), **known, "bootstrap_room": next_room()}
         with ThreadPoolExecutor(2) as threads:
@@ -134,7 +109,7 @@ def check_killed_between_pages(pair: PdPair, prefill: LiveServer, known: dict[st
 
 def test_the_router_goes_on_with_the_prefill_that_is_left(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:
     bootstrap_port = free_port()
-    doomed = start_prefill(model, tmp_path / "doomed.log", bootstrap_port, free_port())
+    doomed = start_prefill(model.folder, tmp_path / "doomed.log", bootstrap_port, free_port())
     flags = ("--prefill-policy", "round_robin", "--decode-policy", "round_robin")
     prefill = [(pair.prefill, pair.bootstrap_port), (doomed, bootstrap_port)]
     with pd_router(prefill, [pair.decode], tmp_path / "router.log", *flags) as client:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
+from moesaic.launch import hardware
 from moesaic.launch.config import ResolvedConfig, ServerConfig
 from moesaic.launch.disaggregation.backends import missing_reason
 from moesaic.launch.errors import ConfigError
@@ -34,7 +35,10 @@ FP8_SHAPE = ModelShape(
     fp8_checkpoint=True,
 )
 LAPTOP = Hardware(num_cores=8)
-GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8)
+GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8, runners_missing=(("deep_gemm", "no module"), ("cutlass", "no module")))
+BARE_GPU_BOX = Hardware(
+    num_cores=64, num_cuda_devices=8, runners_missing=tuple((name, "sm_80") for name in ("deep_gemm", "cutlass", "triton"))
+)
 DP2: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": "torch"}
 
 
@@ -151,6 +155,10 @@ def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
     ("flags", "wanted"),
     [
         ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep: not built yet"),
+        (
+            {"moe_runner_backend": "triton"},
+            "--moe-runner-backend triton: the device is cpu; use",
+        ),
         ({"device": "cuda"}, "--device cuda: torch sees no CUDA device"),
         ({"quantization": "fp8"}, "--quantization fp8: the checkpoint is not FP8"),
         ({"context_length": 2000}, "--context-length 2000: the model reaches 1024"),
@@ -184,7 +192,7 @@ def test_strict_accepts_choices_that_were_written_down() -> None:
 
 def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
     with pytest.raises(ConfigError) as caught:
-        settle(FP8_SHAPE, strict=True, hardware=GPU_BOX)
+        settle(FP8_SHAPE, strict=True, hardware=BARE_GPU_BOX)
 
     lines = str(caught.value).splitlines()
     accepted = [line.rpartition("to accept it: ")[2] for line in lines[1:]]
@@ -194,6 +202,45 @@ def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
         "--quantization none",
         "--disable-cuda-graph",
     ]
+
+
+def test_on_a_gpu_experts_are_computed_by_what_fits_and_the_table_chooses_among_several() -> None:
+    several = settle(hardware=Hardware(num_cores=64, num_cuda_devices=8))
+    assert several.config.moe_runner_backends == ("deep_gemm", "cutlass", "triton")
+    chosen = row(several, "expert runner")["chosen"]
+    assert chosen.startswith("by shape among deep_gemm, cutlass, triton, bfloat16 (not measured")
+
+    one = settle(hardware=GPU_BOX)
+    assert one.config.moe_runner_backends == ("triton",)
+    assert row(one, "expert runner")["refused"] == [
+        {"candidate": "deep_gemm", "reason": "no module"},
+        {"candidate": "cutlass", "reason": "no module"},
+    ]
+    assert settle(hardware=BARE_GPU_BOX).config.moe_runner_backends == ("torch",)
+    assert settle(hardware=GPU_BOX, moe_runner_backend="triton").config.moe_runner_backends == ("triton",)
+    with pytest.raises(ConfigError, match="--moe-runner-backend deep_gemm: no module"):
+        settle(hardware=GPU_BOX, moe_runner_backend="deep_gemm")
+    with pytest.raises(ConfigError, match="--moe-runner-backend cutlass: has no products of float32"):
+        settle(hardware=Hardware(num_cores=1, num_cuda_devices=8), dtype="float32", moe_runner_backend="cutlass")
+
+
+def test_w8a8_on_a_gpu_keeps_experts_in_fp8_and_wants_whole_blocks() -> None:
+    assert settle(FP8_SHAPE, hardware=GPU_BOX, quantization="fp8").config.fp8_experts
+    assert not settle(FP8_SHAPE, quantization="fp8").config.fp8_experts
+    ragged = replace(FP8_SHAPE, moe_intermediate_size=192)
+    with pytest.raises(ConfigError, match="multiples of 128, and a rank's part of moe_intermediate_size is 192"):
+        settle(ragged, hardware=GPU_BOX, quantization="fp8")
+
+
+def test_a_gpu_that_can_not_be_asked_leaves_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "ASK_RUNNERS", "raise SystemExit('no driver')")
+    reasons = dict(hardware._missing_runners())
+    assert reasons.keys() == {"deep_gemm", "cutlass", "triton"}
+    assert "asking for it failed: no driver" in reasons["triton"]
+    monkeypatch.setattr(hardware, "ASK_RUNNERS", "print('a library says hello'); print('[[\"cutlass\", \"not installed\"]]')")
+    assert hardware._missing_runners() == (("cutlass", "not installed"),)
+    monkeypatch.setenv("MOESAIC_GPU_KERNELS", "torch")
+    assert dict(hardware._missing_runners())["deep_gemm"] == "MOESAIC_GPU_KERNELS=torch"
 
 
 def test_too_few_gpus_are_named() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import rank_pool
 import torch
+from repeated_calls import RepeatedCalls
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
@@ -16,9 +17,10 @@ from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.graph_plan import GraphPlan
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
-from moesaic.launch.engine.process_groups import make_engine_groups, make_parallel_context
+from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
 from moesaic.launch.engine.retraction import RetractionCosts
 from moesaic.launch.engine.scheduler import SchedulerConfig
@@ -61,6 +63,7 @@ class EngineSettings:
     split_from: SplitThresholds = field(default_factory=SplitThresholds)
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
+    graph_rows: tuple[int, ...] = ()
 
     @property
     def topology(self) -> Topology:
@@ -92,11 +95,11 @@ def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any)
     return GenerateRequest(rid=rid, input_ids=tuple(prompt), sampling=sampling, **options)
 
 
-def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
+def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> ModelRunner:
     """One rank's model with its KV pool."""
     topology = settings.topology
     parallel = make_parallel_context(
-        topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=rank_pool.group_of
+        topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=new_group
     )
     runner = ModelRunner(
         RunnerConfig(
@@ -114,12 +117,16 @@ def make_runner(settings: EngineSettings, rank: int = 0) -> ModelRunner:
         parallel,
     )
     runner.allocate_kv(settings.num_pages, settings.num_host_pages)
+    if settings.graph_rows:
+        widths = (8, -(-settings.context_length // settings.page_size))
+        plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
+        runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
     return runner
 
 
-def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
+def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:
     """One rank's engine. Collective when the layout has several ranks."""
-    topology, runner = settings.topology, make_runner(settings, rank)
+    topology, runner = settings.topology, make_runner(settings, rank, new_group)
     engine = AssembledSettings(
         scheduler=SchedulerConfig(
             num_pages=settings.num_pages,
@@ -136,13 +143,14 @@ def make_engine(settings: EngineSettings, rank: int = 0) -> RankEngine:
             mode=settings.mode,  # type: ignore[arg-type]
             cap=settings.cap,
             split_from=settings.split_from,
+            graph_rows=settings.graph_rows,
         ),
         recording=settings.recording,
         rebalance=settings.rebalance,
         overlap_schedule=settings.overlap_schedule,
         retraction=ALWAYS_KEEP if settings.num_host_pages else None,
     )
-    groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=rank_pool.group_of)
+    groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=new_group)
     return assemble_engine(engine, runner, Activity(rank), groups)
 
 

@@ -14,16 +14,16 @@ from collections.abc import Callable
 
 from pd_ranks import make_layout, start_decode_rank, start_prefill_rank
 
-from moesaic.launch.disaggregation import tcp
+from moesaic.launch.disaggregation import tcp_serve
 from moesaic.launch.disaggregation.bootstrap import BootstrapServer
-from moesaic.launch.disaggregation.receiver import ReceiverRoom
-from moesaic.launch.disaggregation.sender import SenderRoom
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
+from moesaic.launch.disaggregation.sender_room import SenderRoom
 
 
 def hold_pages() -> None:
     """Runs of pages are served no more: a transfer that has begun never ends. Everything else goes on."""
     never = threading.Event()
-    tcp._Server._send_run = lambda *_: never.wait()  # type: ignore[assignment]
+    tcp_serve.PageServer._send_run = lambda *_: never.wait()  # type: ignore[assignment]
 
 
 def main(role: str, port: int, backend: str, instance: str) -> None:

@@ -17,8 +17,10 @@ from moesaic.launch.disaggregation.bootstrap_client import register_rank
 from moesaic.launch.disaggregation.directory import DecodeRank
 from moesaic.launch.disaggregation.memory import PagedMemory
 from moesaic.launch.disaggregation.protocol import Deadlines, KVLayout, TransferState
-from moesaic.launch.disaggregation.receiver import DecodeTransfer, ReceiverRoom
-from moesaic.launch.disaggregation.sender import PrefillTransfer, SenderRoom
+from moesaic.launch.disaggregation.receiver import DecodeTransfer
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
+from moesaic.launch.disaggregation.sender import PrefillTransfer
+from moesaic.launch.disaggregation.sender_room import SenderRoom
 from moesaic.launch.disaggregation.transfer import Backend, Receiver, Sender
 
 NUM_LAYERS, LAYER_PAGE_BYTES, NUM_PAGES = 3, 256, 96

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +67,51 @@ def pd_pair(
         prefill.wait_ready()
         decode.wait_ready()
         yield PdPair(prefill, decode, port)
+
+
+def greedy(prompt: list[int], num_tokens: int) -> dict[str, Any]:
+    return {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}}
+
+
+def post(server: LiveServer, body: dict[str, Any]) -> httpx.Response:
+    with server.client() as client:
+        return client.post("/generate", json=body)
+
+
+def start_prefill(model: Path, log: Path, bootstrap_port: int, port: int, *more: str, chunk: int = 16) -> LiveServer:
+    flags = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port), *more)
+    server = LiveServer(model, log, *flags, "--max-total-tokens", "2048", "--chunked-prefill-size", str(chunk), port=port)
+    server.wait_ready()
+    return server
+
+
+def kill(server: LiveServer) -> None:
+    """The launcher and its ranks, without a word."""
+    for pid in [*server.rank_pids(), server.process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    server.process.wait()
+
+
+@contextlib.contextmanager
+def frozen(server: LiveServer) -> Iterator[Callable[[], None]]:
+    """The server's ranks stand still, its HTTP side goes on; the call thaws them before the end."""
+    pids = server.rank_pids()
+
+    def thaw() -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield thaw
+    finally:
+        thaw()
+
+
+def metric(server: LiveServer, name: str) -> float:
+    """The sum of one of the server's metrics over its DP ranks."""
+    with server.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"moesaic:{name}{{"))

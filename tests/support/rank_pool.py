@@ -20,7 +20,7 @@ JOB_DEADLINE_S = 60
 GROUPS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))
 """Created once by all workers: torch can't create groups among some processes again and again."""
 
-WHOLE_GROUPS = ((0, 1), (0, 1, 2, 3))
+WHOLE_GROUPS = ((0, 1), (2, 3), (0, 1, 2, 3))
 PURPOSES = ("rows", "headers", "failures", "rebalance")
 """Further groups of WHOLE_GROUPS, for messages that must not meet those of a forward."""
 

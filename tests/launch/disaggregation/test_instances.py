@@ -17,7 +17,7 @@ from pd_ranks import DecodeSide, make_layout, next_room, running_pair, start_dec
 
 from moesaic.launch.disaggregation.backends import missing_reason
 from moesaic.launch.disaggregation.protocol import TransferState
-from moesaic.launch.disaggregation.receiver import ReceiverRoom
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
 
 SUPPORT = Path(__file__).parents[2] / "support"
 WAITING, TRANSFERRING, SUCCESS, FAILED = (

@@ -40,9 +40,12 @@ from moesaic.launch.disaggregation.protocol import (
     TransferState,
     encoder,
 )
-from moesaic.launch.disaggregation.receiver import ReceiverRoom
-from moesaic.launch.disaggregation.sender import SenderRoom
-from moesaic.launch.disaggregation.tcp import TcpBackend, TcpRead
+from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
+from moesaic.launch.disaggregation.room_reads import Fetch, RoomReads
+from moesaic.launch.disaggregation.sender_room import SenderRoom
+from moesaic.launch.disaggregation.tcp import TcpBackend
+from moesaic.launch.disaggregation.tcp_read import TcpRead
+from moesaic.launch.disaggregation.tcp_serve import PageServer
 
 BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS, FAILED = (
     TransferState.BOOTSTRAPPING,
@@ -342,9 +345,9 @@ def test_a_prefill_rank_that_lies_about_pages_fails_the_room() -> None:
             wait_for(lambda: receiver.quiet)  # noqa: B023 - called at once
 
 
-def piece(run: int = 0, length: int = 768) -> bytes:
+def piece(run: int = 0, length: int = 768, read: int = 0) -> bytes:
     """The header of a run's pages, as the tcp transport sends it."""
-    return struct.pack("<4sQIIQ", b"MKP1", 0, run, 0, length)
+    return struct.pack("<4sQIIQ", b"MKP1", read, run, 0, length)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +384,55 @@ def test_pages_over_tcp_that_are_not_what_was_asked_for_end_the_read(answer: byt
     assert read.error is not None
     assert words in read.error
     assert "reading pages from the other failed" in read.error
+
+
+def test_a_tcp_connection_that_stood_still_is_made_anew_for_the_next_read() -> None:
+    """The control connection lives on, so nobody else would."""
+    memory, pages = PagedMemory(make_pools(1)), PageRun(source=0, target=0, num_pages=1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        backend = TcpBackend(memory, stalled_s=0.2)
+        backend.connect("the other", f"127.0.0.1:{listener.getsockname()[1]}".encode())
+        for cut, words in ((3, "the connection stood still for 0.2 s"), (100, "the connection stood still for 0.2 s"), (800, "")):
+            read = backend.read("the other", [pages])
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall((piece(read=read.number) + bytes(768))[:cut])
+                wait_for(lambda: read.ended, seconds=2.0)  # noqa: B023 - called at once
+            assert words in (read.error or ""), read.error
+        backend.close()
+
+
+def test_a_reader_that_takes_nothing_is_left() -> None:
+    """A decode rank that hangs, or whose machine has gone: no thread of prefill waits for it for ever."""
+    server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 0.2)
+    with socket.create_connection(server.address) as connection:
+        runs = [struct.pack("<II", 0, NUM_PAGES)] * 2000
+        connection.sendall(struct.pack("<4sQI", b"MKP1", 0, len(runs)) + b"".join(runs))
+        wait_for(lambda: len(server._connections) == 1)
+        wait_for(lambda: not server._connections, seconds=3.0)
+    server.close()
+
+
+def test_a_read_that_ends_while_others_are_looked_through_is_not_lost() -> None:
+    """Transports' threads end reads at any time."""
+
+    class Ending:
+        error = None
+        looks = 0
+
+        @property
+        def ended(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+        def cancel(self) -> None: ...
+
+    reads = RoomReads(PagedMemory(make_pools(1)))
+    for targets in ([1], [2]):
+        reads.add(Fetch(read=Ending(), targets=targets, checksums=[]), 1)
+    assert reads.take_ended() == []
+    assert [fetch.targets for fetch in reads.take_ended()] == [[1], [2]]
+    assert len(reads) == 0
 
 
 def test_both_sides_must_use_one_transport() -> None:
