@@ -176,14 +176,15 @@ class RetractionLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What has become of the KV of a DP rank's retracted requests, since the start; every rank of the group has the same.
 
     offloaded: copied to host memory; restored: copied back (what the prefix cache still had is not). host_full: requests to be
-    computed again as host memory had no room; cheaper: as that takes less time. num_host_tokens of max_host_tokens: held now.
+    computed again as host memory had no room; recompute_cheaper: as that takes less time. Of max_host_tokens, num_host_tokens are
+    held now.
     """
 
     num_offloaded_reqs: int
     num_offloaded_tokens: int
     num_restored_tokens: int
     num_host_full_reqs: int
-    num_cheaper_reqs: int
+    num_recompute_cheaper_reqs: int
     num_host_tokens: int
     max_host_tokens: int
 

@@ -114,7 +114,7 @@ class HostKeeper:
             num_offloaded_tokens=self._offloaded_tokens,
             num_restored_tokens=self._restored_tokens,
             num_host_full_reqs=self._num_host_full,
-            num_cheaper_reqs=self._num_cheaper,
+            num_recompute_cheaper_reqs=self._num_cheaper,
             num_host_tokens=(pool.num_pages - pool.num_free) * self._page_size,
             max_host_tokens=pool.num_pages * self._page_size,
         )

@@ -95,33 +95,41 @@ class _Rooms(Collector):
 
 
 class _Retraction(Collector):
-    """What has become of retracted requests' KV; nothing where it is always computed again."""
+    """Retracted requests, and where their KV may be kept what has become of it."""
 
     def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
         self._model = model
         self._loads = loads
 
     def collect(self) -> Iterable[Metric]:
-        labels = ("model_name", "dp_rank")
-        kept = [(load.retraction, (self._model, str(load.dp_rank))) for load in self._loads() if load.retraction is not None]
-        if not kept:
-            return
+        loads = self._loads()
+        yield self._counter("reqs", "Requests put back for want of KV cache", loads, lambda load: load.num_retracted_reqs)
+        kept = [load for load in loads if load.retraction is not None]
+        if kept:
+            yield from self._kept(kept)
+
+    def _kept(self, loads: Sequence[LoadReport]) -> Iterable[Metric]:
         for name, text in (
-            ("num_offloaded_reqs", "Retracted requests whose KV was copied to host memory"),
-            ("num_offloaded_tokens", "Their tokens"),
-            ("num_restored_tokens", "Tokens of KV copied back from host memory"),
-            ("num_host_full_reqs", "Retracted requests computed again as host memory was full"),
-            ("num_cheaper_reqs", "Retracted requests computed again as that takes less time than to copy"),
+            ("offloaded_reqs", "Retracted requests whose KV was copied to host memory"),
+            ("offloaded_tokens", "Tokens of KV copied to host memory"),
+            ("restored_tokens", "Tokens of KV copied back from host memory"),
+            ("host_full_reqs", "Retracted requests computed again as host memory was full"),
+            ("recompute_cheaper_reqs", "Retracted requests computed again as that takes less time than to copy"),
         ):
-            counter = CounterMetricFamily(f"{PREFIX}retraction_{name}", text, labels=labels)
-            for retraction, values in kept:
-                counter.add_metric(values, getattr(retraction, name))
-            yield counter
+            yield self._counter(name, text, loads, attrgetter(f"retraction.num_{name}"))
         for name, text in (("num_host_tokens", "Tokens of KV in host memory"), ("max_host_tokens", "Room for them")):
-            gauge = GaugeMetricFamily(f"{PREFIX}retraction_{name}", text, labels=labels)
-            for retraction, values in kept:
-                gauge.add_metric(values, getattr(retraction, name))
+            gauge = GaugeMetricFamily(f"{PREFIX}retracted_{name}", text, labels=("model_name", "dp_rank"))
+            for load in loads:
+                gauge.add_metric((self._model, str(load.dp_rank)), getattr(load.retraction, name))
             yield gauge
+
+    def _counter(
+        self, name: str, text: str, loads: Sequence[LoadReport], value: Callable[[LoadReport], float]
+    ) -> CounterMetricFamily:
+        counter = CounterMetricFamily(f"{PREFIX}retracted_{name}", text, labels=("model_name", "dp_rank"))
+        for load in loads:
+            counter.add_metric((self._model, str(load.dp_rank)), value(load))
+        return counter
 
 
 class _Rebalancing(Collector):

@@ -42,7 +42,7 @@ def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: 
         retraction = client.get("/server_info").json()["internal_states"][0]["retraction"][0]
         metrics = client.get("/metrics").text
     assert 0 < retraction["num_restored_tokens"] <= retraction["num_offloaded_tokens"] and not retraction["num_host_tokens"]
-    (counted,) = re.findall(r"^moesaic:retraction_num_restored_tokens_total\{.*\} (\S+)$", metrics, flags=re.MULTILINE)
+    (counted,) = re.findall(r"^moesaic:retracted_restored_tokens_total\{.*\} (\S+)$", metrics, flags=re.MULTILINE)
     assert float(counted) == retraction["num_restored_tokens"]
 
 
