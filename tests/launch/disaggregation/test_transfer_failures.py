@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -402,6 +404,22 @@ def test_a_tcp_connection_that_stood_still_is_made_anew_for_the_next_read() -> N
         backend.close()
 
 
+def test_a_read_whose_request_can_not_be_sent_ends_too() -> None:
+    """One that never ended would keep its pages for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        backend = TcpBackend(PagedMemory(make_pools(1)))
+        backend.connect("the other", f"127.0.0.1:{listener.getsockname()[1]}".encode())
+        connection, _ = listener.accept()
+    time.sleep(0.05)  # the thread waits for reads
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()  # with a reset: what is sent from now on fails at once
+    time.sleep(0.05)
+    read = backend.read("the other", [PageRun(source=0, target=0, num_pages=1)])
+    wait_for(lambda: read.ended, seconds=2.0)
+    assert "reading pages from the other failed" in (read.error or "")
+    backend.close()
+
+
 def test_a_reader_that_takes_nothing_is_left() -> None:
     """A decode rank that hangs, or whose machine has gone: no thread of prefill waits for it for ever."""
     server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 0.2)
@@ -410,6 +428,24 @@ def test_a_reader_that_takes_nothing_is_left() -> None:
         connection.sendall(struct.pack("<4sQI", b"MKP1", 0, len(runs)) + b"".join(runs))
         wait_for(lambda: len(server._connections) == 1)
         wait_for(lambda: not server._connections, seconds=3.0)
+    server.close()
+
+
+def test_pages_are_served_again_once_there_are_file_descriptors() -> None:
+    server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as first, socket.socket() as second:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            first.connect(server.address)  # is accepted: Linux takes the descriptor before it waits
+            wait_for(lambda: len(server._connections) == 1)
+            time.sleep(0.05)  # there is none for the next
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        second.connect(server.address)
+        second.sendall(struct.pack("<4sQIII", b"MKP1", 0, 1, 0, 1))
+        second.settimeout(5.0)
+        assert second.recv(28, socket.MSG_WAITALL) == piece()
     server.close()
 
 
