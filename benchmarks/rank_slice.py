@@ -30,6 +30,7 @@ from slice_roofline import H200, Machine
 from slice_run import RankSlice, needed_bytes
 from slice_wire import Wire, make_wire
 
+from moesaic.kernels.grouped_backends import NAMES, Name
 from moesaic.launch.models.config import ModelConfig
 
 DEADLINE_S = 480.0
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cpu" if options.cpu_tiny else "cuda")
     machine = replace(H200, name="CPU, reduced sizes (floors of a GPU)") if options.cpu_tiny else _measured_machine()
-    reports = _run_all(config, chosen, machine, device)
+    runner: Name = "torch" if options.cpu_tiny else options.moe_runner_backend
+    reports = _run_all(config, chosen, machine, device, runner)
     write_report(options.output, machine, reports, f"One rank of a wide-EP cluster: {machine.name}, {time.strftime('%Y-%m-%d')}")
     for words in (MEASURED, ASSUMED, DERIVED):
         print(" ".join(words.split()))
@@ -63,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="WORDS", default="", help='only cases with these words in their name ("decode EP72")')
     parser.add_argument("--quick", action="store_true", help="one prefill and one decode setting")
     parser.add_argument("--cpu-tiny", action="store_true", help="reduced sizes on the CPU: shows that all of it runs")
+    parser.add_argument(
+        "--moe-runner-backend", choices=NAMES, default="triton", help="what computes the experts' products on a GPU (triton)"
+    )
     parser.add_argument("--output", type=Path, default=Path("rank-slice-report"), help="folder of report.json and report.md")
     return parser
 
@@ -89,7 +94,7 @@ def _measured_machine() -> Machine:
     )
 
 
-def _run_all(config: ModelConfig, cases: list[Case], machine: Machine, device: torch.device) -> list[dict[str, Any]]:
+def _run_all(config: ModelConfig, cases: list[Case], machine: Machine, device: torch.device, backend: Name) -> list[dict[str, Any]]:
     begun, wire = time.monotonic(), make_wire(device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     runner: RankSlice | None = None
@@ -102,10 +107,10 @@ def _run_all(config: ModelConfig, cases: list[Case], machine: Machine, device: t
         if problem is None:
             if runner is None or layout != (case.ep_size, case.num_slots):
                 runner, layout = None, (case.ep_size, case.num_slots)  # the old weights go before the new ones come
-                runner = _new_slice(config, case, device, wire)
+                runner = _new_slice(config, case, device, wire, backend)
             try:
                 measured = runner.measure(case)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, ImportError) as error:
                 problem = f"failed: {type(error).__name__}: {str(error)[:300]}"
         reports.append(case_report(config, case, machine, measured, problem))
         print(result_line(reports[-1]), flush=True)
@@ -121,14 +126,15 @@ def refusal(config: ModelConfig, case: Case, memory_bytes: int | None) -> str | 
     return f"not run: it needs {sum(needed.values()) / 1e9:.1f} GB ({parts}), the device has {memory_bytes / 1e9:.1f} GB"
 
 
-def _new_slice(config: ModelConfig, case: Case, device: torch.device, wire: Wire) -> RankSlice:
+def _new_slice(config: ModelConfig, case: Case, device: torch.device, wire: Wire, backend: Name) -> RankSlice:
     needed = needed_bytes(config, case, 4 if device.type == "cpu" else 2)
     place = case.place(config)
     slots = f"{place.num_local} of {case.num_slots} slots in each layer"
     print(f"EP{case.ep_size}: {slots}, {needed['weights']:,} bytes of weights", flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return RankSlice(config, case, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, wire=wire)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return RankSlice(config, case, device=device, dtype=dtype, wire=wire, runner=backend)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class MaskedArrivals:
 class TokenArrivals:
     """Normal mode. source int64 [M]: the own token whose values each received one has; row_map: from received tokens to expert
     rows, with weights [M, K]; back: from their M weighted sums to the partial results of each own token, added up with
-    back_weights [T, K] of 1.
+    back_weights [T, K] of 1. counts with the padding of each expert's rows.
     """
 
     counts: list[int]
@@ -42,14 +42,16 @@ class TokenArrivals:
     back_weights: Tensor
 
 
-def token_arrivals(place: RankPlace, counts: list[int], num_tokens: int, pattern: int, device: torch.device) -> TokenArrivals:
-    """For `counts` rows of each expert; `pattern` is the seed of which tokens they come from."""
+def token_arrivals(
+    place: RankPlace, counts: list[int], num_tokens: int, pattern: int, device: torch.device, *, alignment: int = 1
+) -> TokenArrivals:
+    """For `counts` rows of each expert, which begin at multiples of `alignment`; `pattern` is the seed of whose they are."""
     ids = torch.from_numpy(assign_tokens(np.array(counts), num_tokens * place.ep_size, place.topk, pattern)).to(device)
-    row_map, _ = contiguous_map(ids, place.num_local, 1)
+    row_map, padded = contiguous_map(ids, place.num_local, alignment)
     owners = np.random.default_rng(pattern).integers(0, place.ep_size, (num_tokens, place.topk))
     repeated = np.tril(owners[:, :, None] == owners[:, None, :], -1).any(axis=2)  # a rank returns one sum for a token, not two
     return TokenArrivals(
-        counts=counts,
+        counts=padded,
         source=torch.arange(len(ids), device=device) % num_tokens,
         row_map=row_map,
         weights=torch.full((len(ids), place.topk), 1 / place.topk, device=device),

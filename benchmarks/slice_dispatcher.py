@@ -22,16 +22,16 @@ from typing import Generic
 import bare_import  # noqa: F401  before anything of moesaic
 import torch
 from slice_arrivals import MaskedArrivals, TokenArrivals, masked_arrivals, token_arrivals
-from slice_experts import Fp8ContiguousRows, Fp8MaskedRows
 from slice_network import Direction
 from slice_traffic import RankPlace
 from slice_wire import Message, ValueT, Wire
 from torch import Tensor
 
+from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.kernels.permute import RowMap, to_rows, weighted_rows
 from moesaic.kernels.quant import FP8, quantize_per_token
 from moesaic.moe.communication import Communications, Pending
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ExpertRows, Received, ReceivedHalf
+from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, DispatchPlan, ExpertRows, MaskedRows, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 
 LAYER_PATTERNS = 4
@@ -45,18 +45,22 @@ Seconds = Callable[[Direction, DispatchMode, int], float]
 
 @dataclass(kw_only=True)
 class LoopbackGroup:
-    """What all layers' dispatchers share: who this rank is, and (changed between steps only) what arrives and how long it takes."""
+    """What all layers' dispatchers share: who this rank is, and (changed between steps only) what arrives and how long it takes.
+
+    `seconds` may be set at any time between steps. runner: what computes the experts, which may want aligned rows.
+    """
 
     place: RankPlace
     wire: Wire
     counts: Counts
     seconds: Seconds
     device: torch.device
+    runner: Name = "torch"
     _known: dict[tuple[DispatchMode, int, int], MaskedArrivals | TokenArrivals] = field(default_factory=dict)
 
-    def change(self, *, counts: Counts, seconds: Seconds) -> None:
-        """From the next step on."""
-        self.counts, self.seconds = counts, seconds
+    def receive(self, counts: Counts) -> None:
+        """What arrives from the next step on."""
+        self.counts = counts
         self._known.clear()
 
     def arrivals(self, mode: DispatchMode, num_tokens: int, layer: int) -> MaskedArrivals | TokenArrivals:
@@ -66,7 +70,9 @@ class LoopbackGroup:
         if key not in self._known:
             counts = self.counts(num_tokens, pattern)
             if mode is DispatchMode.NORMAL:
-                self._known[key] = token_arrivals(self.place, counts, num_tokens, pattern, self.device)
+                self._known[key] = token_arrivals(
+                    self.place, counts, num_tokens, pattern, self.device, alignment=BACKENDS[self.runner].alignment
+                )
             else:
                 self._known[key] = masked_arrivals(self.place, counts, num_tokens, self.device)
         return self._known[key]
@@ -134,9 +140,9 @@ class LoopbackDispatcher:
         handle.held = ()
         return handle.returned.value()
 
-    def _masked(self, arrivals: MaskedArrivals, num_tokens: int, values: Tensor, scales: Tensor) -> Fp8MaskedRows:
+    def _masked(self, arrivals: MaskedArrivals, num_tokens: int, values: Tensor, scales: Tensor) -> MaskedRows:
         place = self._group.place
-        return Fp8MaskedRows(
+        return MaskedRows(
             hidden=values.view(place.num_local, place.ep_size * num_tokens, -1),
             scales=scales.view(place.num_local, place.ep_size * num_tokens, -1),
             counts=arrivals.spread.counts,
@@ -174,9 +180,9 @@ def _take(values: Tensor, scales: Tensor, source: Tensor) -> tuple[Tensor, Tenso
     return values.view(torch.uint8).index_select(0, source), scales.index_select(0, source)
 
 
-def _contiguous(arrivals: TokenArrivals, values: Tensor, scales: Tensor) -> Fp8ContiguousRows:
+def _contiguous(arrivals: TokenArrivals, values: Tensor, scales: Tensor) -> ContiguousRows:
     """Received tokens -> expert rows."""
-    return Fp8ContiguousRows(
+    return ContiguousRows(
         hidden=to_rows(values, arrivals.row_map, zero_padding=False).view(FP8),
         scales=to_rows(scales, arrivals.row_map, zero_padding=False),
         counts=arrivals.counts,

@@ -1,9 +1,8 @@
 """One rank's DeepSeek-V3 with dummy weights made where they stay: matrices in FP8 blocks, the engine's own layers around them.
 
 Everything that runs is the library's: embedding, MLA, gate, replica choice, experts' schedule, two-batch orders, head. What differs
-from a served model: weights are random and stay in FP8 (the engine's builder dequantises them), the dispatcher is the loopback one
-and the experts' products take FP8 rows. The halves of kv_b_proj, norms, gate, embedding and head are not in FP8, as in the released
-serving systems.
+from a served model: weights are random and stay in FP8 everywhere (the engine keeps only the experts' so), and the dispatcher is
+the loopback one. The halves of kv_b_proj, norms, gate, embedding and head are not in FP8, as in published serving systems.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 import bare_import  # noqa: F401  before anything of moesaic
 import torch
 from slice_dispatcher import LoopbackDispatcher, LoopbackGroup
-from slice_experts import Fp8ExpertRunner, Fp8ExpertWeights
 from torch import Tensor
 
 from moesaic.attention.backend import AttentionBackend, make_backend
@@ -31,16 +29,18 @@ from moesaic.launch.models.layers import DenseDecoderLayer, LayerParts, SparseDe
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import GateConfig
+from moesaic.moe.device_experts import make_expert_runner
+from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseWeights:
-    """gate fp32 [E, H]; the experts of all slots of the widest layout; the shared expert (None where a model has none)."""
+    """gate fp32 [E, H]; the experts of this rank's slots; the shared expert (None where a model has none)."""
 
     gate: Tensor
-    experts: Fp8ExpertWeights
+    experts: ExpertWeights
     shared: DenseMLP | None
 
 
@@ -65,13 +65,16 @@ class SliceWeights:
 
 
 class WeightMaker:
-    """Random weights of `dtype` and in FP8 on `device`; a matrix [.., N, K] has elements of about K ** -0.5."""
+    """Random weights of `dtype` and in FP8 on `device`; a matrix [.., N, K] has elements of about K ** -0.5.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    `chance`: None for torch's own generator.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, chance: torch.Generator | None) -> None:
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._chance = torch.Generator(device).manual_seed(0)
+        self._chance = chance
 
     def make(self, *, num_slots: int, max_positions: int) -> SliceWeights:
         """num_slots: routed experts of one layer on this rank."""
@@ -114,7 +117,7 @@ class WeightMaker:
         down, down_scales = self._fp8(num_slots, hidden, inner)
         return SparseWeights(
             gate=self._plain(config.n_routed_experts, hidden).float(),
-            experts=Fp8ExpertWeights(gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales),
+            experts=ExpertWeights(gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales),
             shared=self._mlp(inner * config.n_shared_experts) if config.n_shared_experts else None,
         )
 
@@ -221,7 +224,6 @@ class _Layers:
 
     def _moe(self, index: int, sparse: SparseWeights) -> SparseLayer:
         place = self.group.place
-        experts = sparse.experts.first(place.num_local)
         return SparseLayer(
             index=index,
             num_slots=place.num_slots,
@@ -229,7 +231,7 @@ class _Layers:
             replicas=self.replicas,
             replicas_communicate=False,
             dispatcher=LoopbackDispatcher(self.group, index, self.communications),
-            experts=Fp8ExpertRunner(experts, self.weights.embedding.dtype),
+            experts=make_expert_runner((self.group.runner,), sparse.experts, dtype=self.weights.embedding.dtype),
             shared_expert=sparse.shared,
         )
 

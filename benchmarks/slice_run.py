@@ -26,6 +26,7 @@ from slice_traffic import expert_counts
 from slice_wire import Wire
 
 from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.engine.device_clock import device_clock
 from moesaic.launch.engine.synthetic_batch import PoolShape, SyntheticBatch, decode_batch, prefill_batch
 from moesaic.launch.models.config import ModelConfig
@@ -39,6 +40,7 @@ from moesaic.overlap.timeline import Timeline
 Variant = Literal["alone", "straight", "two_batch"]
 VARIANTS: tuple[Variant, ...] = ("alone", "straight", "two_batch")
 """alone: without communication time. The others wait for the tabulated times."""
+MAX_POSITIONS = 8192
 RECORDED_SPARSE_LAYERS = 8
 RESERVE_BYTES = 3 * 10**9
 """For the CUDA context, compiled kernels and the allocator's rounding."""
@@ -69,16 +71,26 @@ def needed_bytes(config: ModelConfig, case: Case, dtype_bytes: int = 2) -> dict[
 
 
 class RankSlice:
-    """The rank of one layout (EP size and slots) on one device; weights are made by the constructor."""
+    """The rank of one layout (EP size and slots) on one device; weights are made at once. `runner` computes the experts."""
 
-    def __init__(self, config: ModelConfig, first: Case, *, device: torch.device, dtype: torch.dtype, wire: Wire) -> None:
+    def __init__(
+        self, config: ModelConfig, first: Case, *, device: torch.device, dtype: torch.dtype, wire: Wire, runner: Name = "torch"
+    ) -> None:
         self._config = config
         self._device = device
         self._dtype = dtype
         place = first.place(config)
-        self.weights: SliceWeights = WeightMaker(config, dtype, device).make(num_slots=place.num_local, max_positions=8192)
+        chance = torch.Generator(device).manual_seed(0)
+        self.weights: SliceWeights = WeightMaker(config, dtype, device, chance).make(
+            num_slots=place.num_local, max_positions=MAX_POSITIONS
+        )
         self.group = LoopbackGroup(
-            place=place, wire=wire, counts=lambda tokens, pattern: [], seconds=lambda direction, mode, tokens: 0.0, device=device
+            place=place,
+            wire=wire,
+            counts=lambda num_tokens, pattern: [],
+            seconds=_no_time,
+            device=device,
+            runner=runner,
         )
         self.model = build_slice(config, self.weights, self.group)
 
@@ -142,7 +154,7 @@ class RankSlice:
 
 
 class SliceStep:
-    """One case's batch, its KV pool, and its two micro-batches."""
+    """One case's batch, its KV pool, and its two micro-batches; the group receives from now on what the case says."""
 
     def __init__(self, config: ModelConfig, case: Case, group: LoopbackGroup, *, dtype: torch.dtype) -> None:
         self.case = case
@@ -166,16 +178,15 @@ class SliceStep:
             num_logits_per_dp_rank=(len(batch.logit_rows),),
         )
         self.split = self._halves(batch)
+        group.receive(self._counts)
 
     def become(self, variant: Variant) -> None:
-        """Set what the next steps receive, and how long communication takes."""
-        case, place = self.case, self._group.place
+        """Set how long communication takes in the next steps."""
+        self._group.seconds = _no_time if variant == "alone" else self._tabulated
 
-        def counts(tokens: int, pattern: int) -> list[int]:
-            received: list[int] = expert_counts(place, tokens, case.balancedness, pattern).tolist()
-            return received
-
-        self._group.change(counts=counts, seconds=_no_time if variant == "alone" else self._tabulated)
+    def _counts(self, num_tokens: int, pattern: int) -> list[int]:
+        counts: list[int] = expert_counts(self._group.place, num_tokens, self.case.balancedness, pattern).tolist()
+        return counts
 
     def _tabulated(self, direction: Direction, mode: DispatchMode, num_tokens: int) -> float:
         dispatch, combine = self.case.communication_s(self._config, num_tokens)

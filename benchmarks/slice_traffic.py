@@ -16,7 +16,7 @@ import bare_import  # noqa: F401  before anything of moesaic
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.eplb.algorithm import rebalance_experts
+from moesaic.eplb import rebalance_experts
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

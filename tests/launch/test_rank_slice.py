@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import sys
 import time
 from dataclasses import fields, is_dataclass, replace
@@ -17,8 +19,12 @@ from rank_pool import RankPool
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moesaic import kernels
+from moesaic.kernels.triton.launch import recorded
 from moesaic.moe.communication import Communications
+from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.experts import ExpertRunner, ExpertWeights
 from moesaic.overlap.operations import Operation
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -27,7 +33,7 @@ import rank_slice
 import slice_network as network
 from slice_cases import DEEPSEEK_V3, PAGE_SIZE, TINY, Case, all_cases, tiny_cases
 from slice_dispatcher import LoopbackDispatcher, LoopbackGroup
-from slice_experts import Fp8ExpertRunner, Fp8ExpertWeights
+from slice_model import WeightMaker, build_slice
 from slice_report import PUBLISHED, case_report
 from slice_roofline import GROUPS, H200, step_work, weight_bytes
 from slice_run import RankSlice, SliceStep
@@ -35,7 +41,7 @@ from slice_traffic import RankPlace, assign_tokens, busiest_shares, expected_rec
 from slice_wire import HostWire
 
 MODES = [DispatchMode.NORMAL, DispatchMode.LOW_LATENCY]
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,17 +73,17 @@ def test_the_rank_has_the_rows_and_products_of_a_rank_of_a_real_ep_group(mode: D
         assert combined.isfinite().all()
 
 
-def _runner(num_local: int, inner: int = 128) -> Fp8ExpertRunner:
+def _runner(num_local: int, inner: int = 128) -> ExpertRunner:
     def values(*shape: int) -> Tensor:
         return torch.randn(*shape).to(torch.float8_e4m3fn)
 
-    weights = Fp8ExpertWeights(
+    weights = ExpertWeights(
         gate_up=values(num_local, 2 * inner, HIDDEN),
         gate_up_scales=torch.ones(num_local, 2, 1),
         down=values(num_local, HIDDEN, inner),
         down_scales=torch.ones(num_local, 1, 1),
     )
-    return Fp8ExpertRunner(weights, torch.float32)
+    return make_expert_runner(("torch",), weights, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +253,58 @@ def test_the_published_settings_are_among_the_cases() -> None:
     assert (decode.place(DEEPSEEK_V3).num_local, decode.num_tokens, decode.context) == (4, 256, 2048)
     assert cases["SGLang prefill 2048"].place(DEEPSEEK_V3).num_local == 9
     assert all(case.context % PAGE_SIZE == 0 for case in cases.values())
+
+
+class ShapesOnly(LoopbackGroup):
+    """A group on torch's meta device: what arrives is drawn on the CPU, and of it only shapes are handed out."""
+
+    def arrivals(self, mode: DispatchMode, num_tokens: int, layer: int) -> Any:
+        self.device = CPU
+        drawn = super().arrivals(mode, num_tokens, layer)
+        self.device = META
+        return _without_values(drawn)
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(META)
+    if not is_dataclass(value):
+        return value
+    return type(value)(**{field.name: _without_values(getattr(value, field.name)) for field in fields(value)})
+
+
+class UnsplitStep(SliceStep):
+    """Splitting looks at values."""
+
+    def _halves(self, batch: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("words", ["decode EP72 256 x 2048", "decode EP72 256 x 2048 balancedness 0.5", "prefill EP32 4096 x 2048"])
+def test_on_a_gpu_every_kernel_takes_what_the_real_sizes_give_it(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: front functions check their arguments and write down the launches instead of making them."""
+    for found in pkgutil.iter_modules(kernels.__path__, "moesaic.kernels."):
+        if not found.ispkg and found.name != "moesaic.kernels.gpu":
+            module = importlib.import_module(found.name)
+            if hasattr(module, "uses_triton"):
+                monkeypatch.setattr(module, "uses_triton", lambda x: x.device == META)
+    case = next(case for case in all_cases() if case.name == words)
+    config = replace(DEEPSEEK_V3, num_hidden_layers=4)
+    place = case.place(config)
+    weights = WeightMaker(config, torch.bfloat16, META, None).make(num_slots=place.num_local, max_positions=8192)
+    group = ShapesOnly(
+        place=place,
+        wire=HostWire(),
+        counts=lambda num_tokens, pattern: [],
+        seconds=lambda direction, mode, tokens: 0.0,
+        device=META,
+        runner="triton",
+    )
+    step = UnsplitStep(config, case, group, dtype=torch.bfloat16)
+    with recorded() as launches:
+        logits = build_slice(config, weights, group).forward(step.inputs, step.pool)
+    assert logits.shape == (case.share(config).num_logits, config.vocab_size)
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    # Four layers' down, query and output products, three dense layers' two, the shared and the routed experts' two.
+    assert names.count("_grouped_kernel") == 4 * 3 + 3 * 2 + 2 + 2
+    assert names.count("_split_kernel" if case.phase == "decode" else "_prefill_kernel") == 4
