@@ -123,7 +123,7 @@ def test_the_tuning_of_the_flags_reaches_the_kernels(rank_pool: RankPool) -> Non
 )
 def test_who_is_late_is_named_where_it_can_be_known(rank_pool: RankPool, generation: str, mode: DispatchMode, names: str) -> None:
     layout = DeepEPLayout(generation=generation, world=4, mode=mode.value)
-    messages = rank_pool.run(4, late_job, layout, DeepEPCase(mode=mode, counts=(1, 2, 3, 4)), 2, 0.3)
+    messages = rank_pool.run(4, late_job, layout, DeepEPCase(mode=mode, counts=(1, 2, 3, 4)), 2, 0.15)
     assert messages[2] is None
     for message in itertools.compress(messages, (1, 1, 0, 1)):
         assert message is not None and names in message
