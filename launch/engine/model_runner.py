@@ -29,6 +29,7 @@ from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
 from moesaic.moe.communication import CommunicationWatcher
+from moesaic.moe.deepep_config import DeepEPSettings
 from moesaic.moe.experts import ExpertWeights
 from moesaic.overlap.timeline import Timeline
 
@@ -51,6 +52,7 @@ class RunnerConfig:
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
 
 
 class ModelRunner:
@@ -87,6 +89,7 @@ class ModelRunner:
             alignment=config.alignment,
             slots=config.slots,
             single_batch_overlap=config.single_batch_overlap,
+            deepep=config.deepep,
         )
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()

@@ -17,6 +17,7 @@ from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.models.deepep import DeepEP
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
 from moesaic.launch.models.expert_loader import ExpertLoader
 from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
@@ -28,6 +29,7 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
 from moesaic.moe.counted_exchange import CountedExchange
+from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights
@@ -41,7 +43,7 @@ class BuildOptions:
 
     `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
     `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
-    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
+    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
     """
 
     dtype: torch.dtype = torch.float32
@@ -53,6 +55,7 @@ class BuildOptions:
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
 
     @property
     def for_torch(self) -> bool:
@@ -81,6 +84,8 @@ class DeepseekV3Builder:
         self._location = expert_location(config, parallel, options.slots)
         self._replicas = choose_replicas(self._location, parallel, options.slots, options.device, self._communications)
         self._experts: list[ExpertWeights] = []
+        # Before any weight is read: it may be refused, and its memory is the same whatever the weights leave.
+        self._deepep = self._make_deepep()
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
@@ -99,6 +104,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
+            verify=None if self._deepep is None else self._deepep.verify,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -248,7 +254,22 @@ class DeepseekV3Builder:
                 alignment=alignment,
                 halves=self._options.single_batch_overlap,
             )
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+        if self._deepep is not None:
+            return self._deepep.dispatcher(alignment)
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch' or 'deepep'")
+
+    def _make_deepep(self) -> DeepEP | None:
+        parallel, config = self._parallel, self._config
+        if parallel.a2a_backend not in ("deepep", "deepep_v2"):
+            return None
+        shape = ExchangeShape(
+            num_ranks=parallel.ep_size,
+            ranks_per_node=parallel.ranks_per_node,
+            num_slots=self._location.num_slots,
+            hidden_size=config.hidden_size,
+            topk=config.num_experts_per_tok,
+        )
+        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
 
     @cached_property
     def _exchange(self) -> CountedExchange:

@@ -41,6 +41,7 @@ class DeepseekV3:
     """The model of one rank; built by `DeepseekV3Builder`. `experts`: this rank's slots, sparse layer after sparse layer.
 
     `communications`: where all of a forward's communications are posted. `single_batch_overlap`: for steps that run straight.
+    `verify`: asked at the end of a forward whether all that was sent has come; raises if not.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DeepseekV3:
         replicas: ReplicaChoice | None,
         communications: Communications,
         single_batch_overlap: bool,
+        verify: Callable[[], None] | None = None,
     ) -> None:
         self.experts = experts
         self.replicas = replicas
@@ -69,6 +71,7 @@ class DeepseekV3:
         self._parallel = parallel
         self._group = group
         self._single_batch_overlap = single_batch_overlap
+        self._verify = verify
         self.order_split_steps()
 
     def order_split_steps(self, *, prefill: SplitOrder = PREFILL, decode: SplitOrder = DECODE) -> None:
@@ -118,6 +121,8 @@ class DeepseekV3:
         else:
             _run_split(schedules.split(extends=split.extends), state, split, recorder, failures)
         schedules.closing.run([state], recorder, failures)
+        if self._verify is not None:
+            self._verify()
         logits: Tensor = state.take("logits")
         state.discard("inputs", "pool", "observer")
         state.finish()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepep_standin
 import rank_pool
 import torch
 from repeated_calls import RepeatedCalls
@@ -27,6 +28,7 @@ from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
+from moesaic.moe.deepep_config import DeepEPSettings
 
 ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
 """As long as there is room."""
@@ -114,6 +116,7 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             alignment=settings.alignment,
             slots=settings.slots,
             single_batch_overlap=settings.single_batch_overlap,
+            deepep=_deepep(settings),
         ),
         load_model_config(settings.model_path),
         parallel,
@@ -124,6 +127,17 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
         runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
     return runner
+
+
+def _deepep(settings: EngineSettings) -> DeepEPSettings:
+    if settings.a2a.startswith("deepep"):
+        deepep_standin.install()
+    return DeepEPSettings(
+        mode=settings.mode,  # type: ignore[arg-type]
+        max_tokens_per_rank=settings.cap,
+        max_normal_tokens_per_rank=settings.chunk_tokens + settings.max_running,
+        fp8=settings.fp8_activations,
+    )
 
 
 def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:
