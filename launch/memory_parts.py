@@ -14,11 +14,10 @@ from moesaic.attention.config import MAX_GROUP_TOKENS
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.dispatch_limits import tokens_cap_per_dp
 from moesaic.launch.models.config import ModelConfig
-from moesaic.launch.models.tensors import KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
+from moesaic.launch.models.tensors import FP8_BLOCK, KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
 from moesaic.launch.topology import Topology
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-FP8_BLOCK = 128
 SCALE_BYTES = 4
 SKEW = 2
 """How many times its fair share of a step's tokens the estimate lets one rank receive in the normal mode."""

@@ -162,7 +162,7 @@ class CheckpointWeights:
         """Tensor name -> file name."""
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _weight_map(index)
+            weight_map = read_weight_map(index)
             missing = sorted({name for name in weight_map.values() if not (self._folder / name).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} file(s) missing)")
@@ -180,7 +180,8 @@ class CheckpointWeights:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from `model.safetensors.index.json`. Raises CheckpointError for another file."""
     try:
         raw = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
