@@ -27,6 +27,7 @@ usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesa
        moesaic eplb report DUMP                  balancedness of a recorded expert load
        moesaic eplb plan DUMP                    what-if: GPUs, redundant experts, policies, intervals
        moesaic timeline TRACE...                 what ran when, and how much communication was hidden
+       moesaic deploy-files DIR                  Slurm scripts and Kubernetes manifests, to be adapted
        moesaic --version
 """
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(rest)
         case ["preflight", *rest]:
             return _preflight(rest)
+        case ["deploy-files", *rest]:
+            return _deploy_files(rest)
         case ["router", *rest]:
             return _several("router", rest)
         case ["pd-demo", *rest]:
@@ -88,6 +91,16 @@ def _preflight(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("moesaic preflight: interrupted", file=sys.stderr)
         return 130
+
+
+def _deploy_files(arguments: list[str]) -> int:
+    from moesaic.launch.deploy_files import run_deploy_files
+
+    try:
+        return run_deploy_files(arguments)
+    except ConfigError as error:
+        print(f"moesaic deploy-files: {error}", file=sys.stderr)
+        return 2
 
 
 def _several(command: Literal["router", "pd-demo"], arguments: list[str]) -> int:
