@@ -1,6 +1,6 @@
 """Whether a checkpoint folder is complete: every file whole, every tensor that the model needs there with its shape.
 
-Reads the index and the files' headers alone, no weight. Knows nothing of layouts.
+Reads the index and the files' headers alone, no weight, and needs no torch. Knows nothing of layouts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any
 
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.tensors import FP8_BLOCK, TensorSpec, model_tensors
-from moesaic.launch.models.weights import CheckpointError, read_weight_map
 
 FP8_NAME = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
 Headers = dict[str, dict[str, Any]]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or doesn't fit its config; names file and tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,18 @@ def read_header(path: Path) -> Headers:
     if size != promised:
         raise CheckpointError(f"{path}: {size:,} bytes where its header promises {promised:,}; download it again")
     return header
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from `model.safetensors.index.json`. Raises CheckpointError for another file."""
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor to file name")
+    return weight_map
 
 
 def _files(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
