@@ -105,6 +105,7 @@ def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertP
         num_slots=model.n_routed_experts if location is None else location.num_slots,
         experts_move=experts.slots.movable,
         graph_batch_sizes=resolution.config.cuda_graph_rows,
+        fp8=frozenset({"routed experts"} if resolution.config.fp8_experts else ()),
     )
     plan = plan_memory(inputs, _memory_of_a_rank(resolution))
     refuse_memory(inputs, plan)

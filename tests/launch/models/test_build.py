@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moesaic.attention.backend import TorchBackend
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import ModelConfig, load_model_config
 from moesaic.launch.models.parallel import ParallelContext
-from moesaic.launch.models.weights import CheckpointError, CheckpointWeights, DummyWeights, Shard, WeightSource
+from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard, WeightSource
 
 Tiny = Callable[..., TinyModel]
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -180,6 +181,7 @@ import sys
 import torch
 from moesaic.attention.backend import TorchBackend
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights
