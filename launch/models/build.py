@@ -15,6 +15,7 @@ from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.grouped_backends import BACKENDS, Name
+from moesaic.kernels.peer_exchange import PeerLayout
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
@@ -33,6 +34,8 @@ from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
+from moesaic.moe.symm import SymmDispatcher, triton_exchange
+from moesaic.moe.symm_windows import MakeWindows, WindowsInTurn, symmetric_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class BuildOptions:
 
     `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
     `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
-    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
+    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `max_dispatch_tokens` of a
+    rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -53,6 +57,8 @@ class BuildOptions:
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
 
     @property
     def for_torch(self) -> bool:
@@ -238,8 +244,8 @@ class DeepseekV3Builder:
                 communications=self._communications,
                 alignment=alignment,
             )
-        if parallel.a2a_backend == "torch":
-            return AllToAllDispatcher(
+        if parallel.a2a_backend in ("torch", "symm"):
+            by_collectives = AllToAllDispatcher(
                 placement=placement,
                 group=parallel.world_group,
                 exchange=self._exchange,
@@ -247,7 +253,24 @@ class DeepseekV3Builder:
                 alignment=alignment,
                 halves=self._options.single_batch_overlap,
             )
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+            if parallel.a2a_backend == "torch":
+                return by_collectives
+            return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch' or 'symm'")
+
+    @cached_property
+    def _windows(self) -> WindowsInTurn:
+        """For all layers: a layer's combine is over before the next one's dispatch."""
+        options, parallel = self._options, self._parallel
+        layout = PeerLayout(
+            num_ranks=parallel.ep_size,
+            num_local=self._location.num_slots // parallel.ep_size,
+            max_tokens=options.max_dispatch_tokens,
+            topk=self._config.num_experts_per_tok,
+            hidden=self._config.hidden_size,
+            dtype=options.dtype,
+        )
+        return WindowsInTurn(options.make_windows(layout, parallel.ep_rank, parallel.world_group, options.device))
 
     @cached_property
     def _exchange(self) -> CountedExchange:

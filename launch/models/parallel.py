@@ -12,7 +12,8 @@ class ParallelContext:
     """rank = dp_rank * attn_tp_size + attn_tp_rank = ep_rank * moe_tp_size + moe_tp_rank. Groups of one rank are None.
 
     `dp_group` joins the ranks with the same attn_tp_rank, `attn_tp_group` those of one DP rank, `world_group` all; so does
-    `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none" or "torch".
+    `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none", "torch"
+    or "symm".
     """
 
     rank: int = 0
