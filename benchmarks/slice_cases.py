@@ -16,7 +16,7 @@ from slice_roofline import Share
 from slice_traffic import RankPlace, expected_received, expert_counts
 
 from moesaic.launch.models.config import ModelConfig, parse_model_config
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 
 Phase = Literal["prefill", "decode"]
 

@@ -31,7 +31,8 @@ from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.kernels.permute import RowMap, to_rows, weighted_rows
 from moesaic.kernels.quant import FP8, quantize_per_token
 from moesaic.moe.communication import Communications, Pending
-from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, DispatchPlan, ExpertRows, MaskedRows, Received, ReceivedHalf
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import ContiguousRows, DispatchPlan, ExpertRows, MaskedRows, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 
 LAYER_PATTERNS = 4

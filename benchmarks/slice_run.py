@@ -33,7 +33,8 @@ from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3
 from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 from moesaic.launch.models.timeline_marks import TimelineMarks
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan
 from moesaic.overlap.split import split_row
 from moesaic.overlap.timeline import Timeline
 

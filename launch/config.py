@@ -18,7 +18,7 @@ from moesaic.kernels.grouped_backends import Name as RunnerName
 
 DispatchMode = Literal["auto", "normal", "low_latency"]
 RecorderMode = Literal["stat", "per_pass", "per_token"]
-A2ABackend = Literal["none", "torch", "deepep"]
+A2ABackend = Literal["none", "torch", "symm", "deepep"]
 TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -143,7 +143,7 @@ class ResolvedConfig:
     context_length: int
     communication_backend: Literal["gloo", "nccl"]
     attention_backend: Literal["torch"]
-    moe_a2a_backend: Literal["none", "torch"]
+    moe_a2a_backend: Literal["none", "torch", "symm"]
     moe_runner_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int

@@ -174,9 +174,10 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     "experts": (
         _choice(
             "--moe-a2a-backend",
-            "how tokens reach their experts; none: all-gather and all-reduce",
+            "how tokens reach their experts; none: all-gather and all-reduce; symm: over memory that GPUs of a node share",
             "none",
             "torch",
+            "symm",
             "deepep",
         ),
         _choice(

@@ -26,6 +26,7 @@ from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
 from moesaic.launch.runner_choice import resolve_runners
+from moesaic.launch.symm_rules import symm_conflicts
 from moesaic.launch.topology import ModelShape, Topology
 
 NOT_BUILT = "not built yet"
@@ -62,6 +63,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
     )
     kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
+    refuse(symm_conflicts(config, device, hardware))
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -74,7 +76,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         context_length=_context_length(config, shape),
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
-        moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
+        moe_a2a_backend="none" if config.moe_a2a_backend == "deepep" else config.moe_a2a_backend,
         moe_runner_backends=runners,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
@@ -183,7 +185,10 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
     mode = role_mode(config.disaggregation_mode, config.deepep_mode)
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
     refused = (("deepep", NOT_BUILT),)
-    return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
+    how = "torch all-to-all"
+    if config.moe_a2a_backend == "symm":
+        how = "low-latency steps over symmetric memory in FP8, others by torch all-to-all"
+    return mode, Choice(capability="dispatch", chosen=f"{how}, mode {rule}", refused=refused)
 
 
 def _attention_choice(config: ServerConfig, device: DeviceName) -> Choice:

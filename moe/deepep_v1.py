@@ -25,7 +25,8 @@ from moesaic.kernels.quant import dequantize_per_token, quantize_per_token
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape, recommended_combine, recommended_dispatch
 from moesaic.moe.deepep_library import DeepEPError, explained, load
 from moesaic.moe.deepep_memory import DEFAULT_QP_DEPTH, plan_buffers
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, MaskedRows, Received, ReceivedHalf
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, MaskedRows, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, weighted
 

@@ -23,7 +23,8 @@ from moesaic.kernels.quant import quantize_per_token
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_library import DeepEPError, explained, load
 from moesaic.moe.deepep_v1 import as_hidden
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, Received, ReceivedHalf
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, weighted
 

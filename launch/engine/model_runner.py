@@ -31,6 +31,7 @@ from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Weigh
 from moesaic.moe.communication import CommunicationWatcher
 from moesaic.moe.deepep_config import DeepEPSettings
 from moesaic.moe.experts import ExpertWeights
+from moesaic.moe.symm_windows import MakeWindows, symmetric_windows
 from moesaic.overlap.timeline import Timeline
 
 
@@ -48,6 +49,8 @@ class RunnerConfig:
     attention_backend: str = "torch"
     expert_backends: tuple[Name, ...] = ("torch",)
     fp8_experts: bool = False
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
@@ -85,6 +88,8 @@ class ModelRunner:
             max_positions=config.context_length,
             expert_backends=config.expert_backends,
             fp8_experts=config.fp8_experts,
+            max_dispatch_tokens=config.max_dispatch_tokens,
+            make_windows=config.make_windows,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,

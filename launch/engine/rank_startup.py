@@ -180,6 +180,7 @@ class RankStartup:
                 attention_backend=config.attention_backend,
                 expert_backends=config.moe_runner_backends,
                 fp8_experts=config.fp8_experts,
+                max_dispatch_tokens=config.max_dispatch_tokens_per_rank,
                 fp8_activations=config.quantization == "fp8",
                 slots=self._spec.slots,
                 single_batch_overlap=config.single_batch_overlap,

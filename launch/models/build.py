@@ -15,6 +15,7 @@ from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.grouped_backends import BACKENDS, Name
+from moesaic.kernels.peer_exchange import PeerLayout
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepep import DeepEP
@@ -35,6 +36,8 @@ from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
+from moesaic.moe.symm import SymmDispatcher, triton_exchange
+from moesaic.moe.symm_windows import MakeWindows, WindowsInTurn, symmetric_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class BuildOptions:
     `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
     `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
     `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
+    `max_dispatch_tokens` of a rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -56,6 +60,8 @@ class BuildOptions:
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
     deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
 
     @property
     def for_torch(self) -> bool:
@@ -245,8 +251,8 @@ class DeepseekV3Builder:
                 communications=self._communications,
                 alignment=alignment,
             )
-        if parallel.a2a_backend == "torch":
-            return AllToAllDispatcher(
+        if parallel.a2a_backend in ("torch", "symm"):
+            by_collectives = AllToAllDispatcher(
                 placement=placement,
                 group=parallel.world_group,
                 exchange=self._exchange,
@@ -254,9 +260,12 @@ class DeepseekV3Builder:
                 alignment=alignment,
                 halves=self._options.single_batch_overlap,
             )
+            if parallel.a2a_backend == "torch":
+                return by_collectives
+            return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
         if self._deepep is not None:
             return self._deepep.dispatcher(alignment)
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch' or 'deepep'")
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch', 'symm' or 'deepep'")
 
     def _make_deepep(self) -> DeepEP | None:
         parallel, config = self._parallel, self._config
@@ -270,6 +279,20 @@ class DeepseekV3Builder:
             topk=config.num_experts_per_tok,
         )
         return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
+
+    @cached_property
+    def _windows(self) -> WindowsInTurn:
+        """For all layers: a layer's combine is over before the next one's dispatch."""
+        options, parallel = self._options, self._parallel
+        layout = PeerLayout(
+            num_ranks=parallel.ep_size,
+            num_local=self._location.num_slots // parallel.ep_size,
+            max_tokens=options.max_dispatch_tokens,
+            topk=self._config.num_experts_per_tok,
+            hidden=self._config.hidden_size,
+            dtype=options.dtype,
+        )
+        return WindowsInTurn(options.make_windows(layout, parallel.ep_rank, parallel.world_group, options.device))
 
     @cached_property
     def _exchange(self) -> CountedExchange:

@@ -13,7 +13,7 @@ class ParallelContext:
 
     `dp_group` joins the ranks with the same attn_tp_rank, `attn_tp_group` those of one DP rank, `world_group` all; so does
     `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none", "torch",
-    "deepep" or "deepep_v2".
+    "symm", "deepep" or "deepep_v2".
     """
 
     rank: int = 0

@@ -23,7 +23,8 @@ from moesaic import kernels
 from moesaic.kernels.triton.launch import recorded
 from moesaic.moe.communication import Communications
 from moesaic.moe.device_experts import make_expert_runner
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan
 from moesaic.moe.experts import ExpertRunner, ExpertWeights
 from moesaic.overlap.operations import Operation
 

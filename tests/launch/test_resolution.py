@@ -243,6 +243,24 @@ def test_a_gpu_that_can_not_be_asked_leaves_torch_and_says_why(monkeypatch: pyte
     assert dict(hardware._missing_runners())["deep_gemm"] == "MOESAIC_GPU_KERNELS=torch"
 
 
+def test_symm_wants_one_node_of_gpus_fp8_experts_and_whole_outputs() -> None:
+    symm: dict[str, Any] = {**DP2, "moe_a2a_backend": "symm"}
+    resolution = settle(FP8_SHAPE, GPU_BOX, **symm, quantization="fp8")
+    assert resolution.config.moe_a2a_backend == "symm"
+    assert row(resolution, "dispatch")["chosen"].startswith("low-latency steps over symmetric memory in FP8")
+    with pytest.raises(ConfigError, match="only CUDA devices write each other's memory, and the device is cpu"):
+        settle(FP8_SHAPE, **symm, quantization="fp8")
+    with pytest.raises(ConfigError) as caught:
+        settle(FP8_SHAPE, BARE_GPU_BOX, **symm, nnodes=2, dist_init_addr="a:1", enable_single_batch_overlap=True)
+    for reason in (
+        "kernels are Triton's: sm_80",
+        "--nnodes 2: only the GPUs of one node",
+        "tokens travel in FP8",
+        "not two halves",
+    ):
+        assert reason in str(caught.value)
+
+
 def test_too_few_gpus_are_named() -> None:
     with pytest.raises(ConfigError, match="4 ranks per node, and torch sees 2 CUDA devices"):
         settle(hardware=Hardware(num_cores=8, num_cuda_devices=2), tp_size=4, device="cuda")

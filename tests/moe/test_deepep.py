@@ -22,7 +22,7 @@ from deepep_jobs import (
 from rank_pool import RankPool
 
 from moesaic.moe.deepep_config import ChunkSizes
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 
 GENERATIONS = ["deepep", "deepep_v2"]
 BF16_STEP = 2.0**-8

@@ -15,7 +15,8 @@ from moesaic.moe.deepep_config import ChunkSizes, DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_library import DeepEPError
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
 from moesaic.moe.deepep_v2 import ElasticDeepEPBuffer, ElasticDeepEPDispatcher
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, MaskedRows
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import TopK
 

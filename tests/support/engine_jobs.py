@@ -10,6 +10,7 @@ import deepep_standin
 import rank_pool
 import torch
 from repeated_calls import RepeatedCalls
+from shared_windows import shared_windows
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
@@ -56,6 +57,7 @@ class EngineSettings:
     policy: str = "fcfs"
     prefix_cache: bool = True
     fp8_activations: bool = False
+    fp8_experts: bool = False
     alignment: int = 1
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
@@ -113,6 +115,9 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
+            fp8_experts=settings.fp8_experts,
+            max_dispatch_tokens=settings.cap,
+            make_windows=shared_windows,
             alignment=settings.alignment,
             slots=settings.slots,
             single_batch_overlap=settings.single_batch_overlap,

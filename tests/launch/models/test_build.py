@@ -169,7 +169,7 @@ def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_experts: b
 
 def test_an_unknown_dispatch_backend_and_experts_that_cut_blocks_are_refused(tiny: Tiny) -> None:
     config = load_model_config(tiny("plain").folder)
-    with pytest.raises(ValueError, match="'pplx' is not built; choose 'none', 'torch' or 'deepep'"):
+    with pytest.raises(ValueError, match="'pplx' is not built; choose 'none', 'torch', 'symm' or 'deepep'"):
         _build(config, DummyWeights(), a2a_backend="pplx")
     options = BuildOptions(max_positions=64, fp8_experts=True)
     with pytest.raises(ValueError, match="this rank's part of an expert is 32 wide, wanted a multiple of 128"):

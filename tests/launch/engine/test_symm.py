@@ -1,0 +1,39 @@
+"""The whole engine over memory that its ranks share: prompts by collectives, decode steps by the kernels, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import interpreter
+import pytest
+from engine_jobs import EngineSettings, engine_job, greedy_request, merged
+from rank_pool import RankPool
+from tiny_models import TinyModel
+
+from moesaic.launch.engine.step import SplitThresholds
+
+SIZES = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+
+
+@pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: the interpreter is off")
+@pytest.mark.parametrize("split", [False, True])
+def test_tokens_are_those_of_the_engine_over_collectives(rank_pool: RankPool, tiny: Callable[..., TinyModel], split: bool) -> None:
+    model = tiny("fp8", **SIZES, num_experts_per_tok=2, num_hidden_layers=2)
+    prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6], [20]]
+    tokens = []
+    for a2a in ("symm", "torch"):
+        settings = EngineSettings(
+            model_path=str(model.folder),
+            tp=2,
+            dp=2,
+            a2a=a2a,
+            cap=4,
+            fp8_activations=True,
+            fp8_experts=True,
+            split_from=SplitThresholds(decode=2) if split else SplitThresholds(),
+        )
+        wave = [greedy_request(index, prompt, 4) for index, prompt in enumerate(prompts)]
+        finished = merged(rank_pool.run(2, engine_job, settings, [wave], deadline_s=200))
+        tokens.append([finished[index].tokens for index in range(len(prompts))])
+    assert all(len(each) == 4 for each in tokens[0])
+    assert tokens[0] == tokens[1]
