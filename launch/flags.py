@@ -179,6 +179,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "torch",
             "symm",
             "deepep",
+            "deepep_v2",
         ),
         _choice(
             "--moe-runner-backend",
@@ -197,6 +198,11 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "--deepep-max-dispatch-tokens-per-rank",
             "most tokens a rank may bring into a low-latency step",
             positive_int,
+        ),
+        _flag(
+            "--deepep-config",
+            "tuning of DeepEP's normal kernels: JSON, or a file of it, with normal_dispatch and normal_combine",
+            metavar="JSON",
         ),
     ),
     "placement of experts": (
@@ -355,7 +361,6 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
 # SGLang's defaults count as off, so that a script that spells them out keeps working.
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
-    *_later("DeepEP", deepep_config=()),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
     *_later("deterministic logits", deterministic=None),

@@ -21,14 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.kernels.quant import dequantize_per_token, quantize_per_token
+from moesaic.kernels.quant import quantize_per_token
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape, recommended_combine, recommended_dispatch
 from moesaic.moe.deepep_library import DeepEPError, explained, load
 from moesaic.moe.deepep_memory import DEFAULT_QP_DEPTH, plan_buffers
+from moesaic.moe.deepep_rows import arrange_received, as_masked
 from moesaic.moe.dispatch_mode import DispatchMode
-from moesaic.moe.dispatcher import DispatchPlan, MaskedRows, Received, ReceivedHalf
+from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
-from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, weighted
+from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
 
 _QP_DEPTH = "NVSHMEM_QP_DEPTH"
 
@@ -101,12 +102,13 @@ class DeepEPBuffer:
 class DeepEPHandle:
     """A dispatch: as it was asked for, then what the library needs for the way back.
 
-    sent: rows that the library may still be reading. wait: completes what is under way.
+    num_tokens: of all ranks. sent: rows that the library may still be reading. wait: completes what is under way.
     """
 
     mode: DispatchMode
     hidden: Tensor
     topk: TopK
+    num_tokens: int
     sent: Tensor | tuple[Tensor, Tensor]
     layout: Any = None
     library: Any = None
@@ -119,17 +121,18 @@ class DeepEPHandle:
 
 
 class DeepEPDispatcher:
-    """One layer's dispatcher over the model's buffer."""
+    """One layer's dispatcher over the model's buffer. fp8_rows: what travels as FP8 reaches the experts so."""
 
-    def __init__(self, buffer: DeepEPBuffer, *, alignment: int) -> None:
+    def __init__(self, buffer: DeepEPBuffer, *, alignment: int, fp8_rows: bool = False) -> None:
         self._buffer = buffer
         self._alignment = alignment
+        self._rows_dtype = torch.float8_e4m3fn if fp8_rows else None
         self._fp8 = buffer.settings.fp8
 
     def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> DeepEPHandle:
         rows = hidden.to(torch.bfloat16).contiguous()
         topk = TopK(ids=topk.ids.contiguous(), weights=topk.weights.float().contiguous())
-        handle = DeepEPHandle(mode=plan.mode, hidden=hidden, topk=topk, sent=rows)
+        handle = DeepEPHandle(mode=plan.mode, hidden=hidden, topk=topk, sent=rows, num_tokens=sum(plan.num_tokens_per_rank))
         self._buffer.enter(plan.mode)
         if plan.mode is DispatchMode.LOW_LATENCY:
             self._send_fixed(handle, rows)
@@ -149,12 +152,13 @@ class DeepEPDispatcher:
         if handle.mode is DispatchMode.LOW_LATENCY:
             self._buffer.receive(_taken(handle), "receive a dispatch")
             assert handle.counts is not None, "dispatch_b comes after dispatch_a"
-            rows = as_hidden(handle.rows, handle.hidden.dtype)
-            return Received(rows=MaskedRows(hidden=rows, counts=handle.counts.long()), handle=handle)
+            expected = -(-handle.num_tokens * handle.topk.ids.shape[1] // self._buffer.shape.num_slots)
+            rows = as_masked(handle.rows, handle.counts, self._rows_dtype or handle.hidden.dtype, expected)
+            return Received(rows=rows, handle=handle)
         received, ids, handle.weights = self._receive_counted(handle)
         layout = ExpertLayout(mode=handle.mode, num_local=self._buffer.shape.num_local, alignment=self._alignment)
-        handle.arranged = arrange(as_hidden(received, handle.hidden.dtype), ids, layout)
-        return Received(rows=handle.arranged.rows, handle=handle)
+        handle.arranged, arranged = arrange_received(received, ids, layout, self._rows_dtype or handle.hidden.dtype)
+        return Received(rows=arranged, handle=handle)
 
     def halve(self, received: Received[DeepEPHandle]) -> tuple[ReceivedHalf[DeepEPHandle], ReceivedHalf[DeepEPHandle]]:
         """Not built: DeepEP returns a dispatch as a whole. Flags that would ask for it are refused at start."""
@@ -219,15 +223,6 @@ class DeepEPDispatcher:
             )
             event.current_stream_wait()
         return received, ids, weights
-
-
-def as_hidden(received: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """bf16 rows [..., H], or FP8 rows with scales fp32 [..., H / 128] -> rows of dtype."""
-    if isinstance(received, Tensor):
-        return received.to(dtype)
-    values, scales = received
-    rows = dequantize_per_token(values.flatten(0, -2), scales.flatten(0, -2), dtype)
-    return rows.view(*values.shape)
 
 
 def _taken(handle: DeepEPHandle) -> Callable[[], None]:

@@ -22,11 +22,11 @@ from torch import Tensor
 from moesaic.kernels.quant import quantize_per_token
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_library import DeepEPError, explained, load
-from moesaic.moe.deepep_v1 import as_hidden
+from moesaic.moe.deepep_rows import arrange_received
 from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
-from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, weighted
+from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
 
 
 class ElasticDeepEPBuffer:
@@ -58,8 +58,11 @@ class ElasticDeepEPBuffer:
         """An event after all work that was submitted so far."""
         return self._capture()
 
+    def enter(self, mode: DispatchMode) -> None:
+        """Nothing to prepare: all modes use the buffer alike."""
+
     def verify(self) -> None:
-        """What is late raises by itself."""
+        """Nothing to ask: what is late raises by itself."""
 
 
 @dataclass(kw_only=True)
@@ -83,11 +86,12 @@ class ElasticHandle:
 
 
 class ElasticDeepEPDispatcher:
-    """One layer's dispatcher over the model's buffer."""
+    """One layer's dispatcher over the model's buffer. fp8_rows: what travels as FP8 reaches the experts so."""
 
-    def __init__(self, buffer: ElasticDeepEPBuffer, *, alignment: int) -> None:
+    def __init__(self, buffer: ElasticDeepEPBuffer, *, alignment: int, fp8_rows: bool = False) -> None:
         self._buffer = buffer
         self._alignment = alignment
+        self._rows_dtype = torch.float8_e4m3fn if fp8_rows else None
 
     def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> ElasticHandle:
         rows = hidden.to(torch.bfloat16).contiguous()
@@ -112,8 +116,8 @@ class ElasticDeepEPDispatcher:
         if handle.mode is DispatchMode.LOW_LATENCY:
             ids = _filled(ids, handle.library.psum_num_recv_tokens_per_scaleup_rank)
         layout = ExpertLayout(mode=handle.mode, num_local=self._buffer.shape.num_local, alignment=self._alignment)
-        handle.arranged = arrange(as_hidden(rows, handle.hidden.dtype), ids, layout)
-        return Received(rows=handle.arranged.rows, handle=handle)
+        handle.arranged, arranged = arrange_received(rows, ids, layout, self._rows_dtype or handle.hidden.dtype)
+        return Received(rows=arranged, handle=handle)
 
     def halve(self, received: Received[ElasticHandle]) -> tuple[ReceivedHalf[ElasticHandle], ReceivedHalf[ElasticHandle]]:
         """Not built: DeepEP returns a dispatch as a whole. Flags that would ask for it are refused at start."""

@@ -30,6 +30,7 @@ from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
 from moesaic.moe.communication import CommunicationWatcher
 from moesaic.moe.deepep_config import DeepEPSettings
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.symm_windows import MakeWindows, symmetric_windows
 from moesaic.overlap.timeline import Timeline
@@ -182,6 +183,7 @@ class ModelRunner:
         """Capture the decode forwards of the plan; `on_graph`: with graphs captured and graphs in all. Collective."""
         assert self._pool is not None, "allocate_kv comes first"
         device = torch.device(self.config.device)
+        self._enter(DispatchMode.LOW_LATENCY)
         graphs = GraphedForwards(plan, backend, model=self._model, pool=self._pool, parallel=self.parallel, device=device)
         graphs.capture(lambda done: on_graph(done, graphs.num_graphs))
         self._graphs = graphs
@@ -202,5 +204,16 @@ class ModelRunner:
         assert self._pool is not None, "allocate_kv comes first"
         if graph is not None:
             assert self._graphs is not None, "no graphs were captured"
-            return self._graphs.run(inputs, graph, observer, self._timeline)
-        return self._model.forward(inputs, self._pool, observer, split, self._timeline)
+            self._enter(DispatchMode.LOW_LATENCY)
+            logits = self._graphs.run(inputs, graph, observer, self._timeline)
+        else:
+            self._enter(inputs.plan.mode)
+            logits = self._model.forward(inputs, self._pool, observer, split, self._timeline)
+        if self._model.deepep is not None:
+            self._model.deepep.verify()
+        return logits
+
+    def _enter(self, mode: DispatchMode) -> None:
+        """Before a forward, and outside of what is captured."""
+        if self._model.deepep is not None:
+            self._model.deepep.enter(mode)

@@ -184,6 +184,7 @@ class RankStartup:
                 fp8_activations=config.quantization == "fp8",
                 slots=self._spec.slots,
                 single_batch_overlap=config.single_batch_overlap,
+                deepep=config.deepep,
             ),
             model_config,
             parallel,

@@ -110,7 +110,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
-            verify=None if self._deepep is None else self._deepep.verify,
+            deepep=self._deepep,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -264,7 +264,7 @@ class DeepseekV3Builder:
                 return by_collectives
             return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
         if self._deepep is not None:
-            return self._deepep.dispatcher(alignment)
+            return self._deepep.dispatcher(alignment, fp8_rows=self._options.fp8_experts)
         raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch', 'symm' or 'deepep'")
 
     def _make_deepep(self) -> DeepEP | None:

@@ -1,6 +1,7 @@
 """DeepEP for the layers of one model: the buffer that they share, of either generation, and a dispatcher for each.
 
-Knows no weights. Making it is collective.
+Knows no weights. Making it is collective. A forward is framed by `enter` and `verify`, which no graph may capture: the one may have
+something to clean, the other reads a number from the device.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_limits import violations
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
 from moesaic.moe.deepep_v2 import ElasticDeepEPBuffer, ElasticDeepEPDispatcher
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import Dispatcher
 
 
@@ -32,11 +34,15 @@ class DeepEP:
         else:
             self._buffer = ElasticDeepEPBuffer(settings=settings, shape=shape, group=parallel.world_group)
 
-    def dispatcher(self, alignment: int) -> Dispatcher[Any]:
-        """For one layer. alignment: rows per expert block in normal mode."""
+    def dispatcher(self, alignment: int, *, fp8_rows: bool) -> Dispatcher[Any]:
+        """For one layer. alignment: rows per expert block in normal mode. fp8_rows: what travels as FP8 reaches the experts so."""
         if isinstance(self._buffer, DeepEPBuffer):
-            return DeepEPDispatcher(self._buffer, alignment=alignment)
-        return ElasticDeepEPDispatcher(self._buffer, alignment=alignment)
+            return DeepEPDispatcher(self._buffer, alignment=alignment, fp8_rows=fp8_rows)
+        return ElasticDeepEPDispatcher(self._buffer, alignment=alignment, fp8_rows=fp8_rows)
+
+    def enter(self, mode: DispatchMode) -> None:
+        """Before a forward whose dispatches take this mode. Collective."""
+        self._buffer.enter(mode)
 
     def verify(self) -> None:
         """Raises DeepEPError when a rank was given up on during the forward."""

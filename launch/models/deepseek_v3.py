@@ -15,6 +15,7 @@ from moesaic.attention.dp_attention import AttentionTPGroup, all_gather_rows
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.norm import rms_norm
+from moesaic.launch.models.deepep import DeepEP
 from moesaic.launch.models.failure_codes import FailureCodes
 from moesaic.launch.models.forward import ForwardInput, ForwardSplit
 from moesaic.launch.models.layers import DenseDecoderLayer, SparseDecoderLayer
@@ -41,7 +42,7 @@ class DeepseekV3:
     """The model of one rank; built by `DeepseekV3Builder`. `experts`: this rank's slots, sparse layer after sparse layer.
 
     `communications`: where all of a forward's communications are posted. `single_batch_overlap`: for steps that run straight.
-    `verify`: asked at the end of a forward whether all that was sent has come; raises if not.
+    `deepep`: to be told before a forward and asked after it; see `DeepEP`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class DeepseekV3:
         replicas: ReplicaChoice | None,
         communications: Communications,
         single_batch_overlap: bool,
-        verify: Callable[[], None] | None = None,
+        deepep: DeepEP | None = None,
     ) -> None:
         self.experts = experts
         self.replicas = replicas
@@ -71,7 +72,7 @@ class DeepseekV3:
         self._parallel = parallel
         self._group = group
         self._single_batch_overlap = single_batch_overlap
-        self._verify = verify
+        self.deepep = deepep
         self.order_split_steps()
 
     def order_split_steps(self, *, prefill: SplitOrder = PREFILL, decode: SplitOrder = DECODE) -> None:
@@ -121,8 +122,6 @@ class DeepseekV3:
         else:
             _run_split(schedules.split(extends=split.extends), state, split, recorder, failures)
         schedules.closing.run([state], recorder, failures)
-        if self._verify is not None:
-            self._verify()
         logits: Tensor = state.take("logits")
         state.discard("inputs", "pool", "observer")
         state.finish()

@@ -154,7 +154,7 @@ def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep: not built yet"),
+        ({"moe_a2a_backend": "deepep"}, "DeepEP moves tokens between GPUs, and the device is cpu (torch sees no CUDA device); use"),
         (
             {"moe_runner_backend": "triton"},
             "--moe-runner-backend triton: the device is cpu; use",

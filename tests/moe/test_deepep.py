@@ -68,6 +68,18 @@ def test_dispatch_and_combine_give_the_direct_sum_in_modes_that_change(
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
+def test_fp8_rows_reach_fp8_experts_as_they_travelled(rank_pool: RankPool, generation: str) -> None:
+    """Values and scales, multiplied out, are bit for bit what other experts get."""
+    cases = [case for mode in (LOW_LATENCY, NORMAL) for case in _cases(2, mode)[:2]]
+    plain, kept = (
+        rank_pool.run(2, dispatch_job, DeepEPLayout(generation=generation, world=2, fp8=True, fp8_rows=rows, alignment=16), cases)
+        for rows in (False, True)
+    )
+    for one, other in zip(plain, kept, strict=True):
+        assert all(torch.equal(a.output, b.output) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_low_latency_shapes_depend_on_the_cap_alone(rank_pool: RankPool, generation: str) -> None:
     layout = DeepEPLayout(generation=generation, world=4)
     cases = _cases(4, LOW_LATENCY)

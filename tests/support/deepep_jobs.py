@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepep_standin
@@ -11,12 +11,13 @@ import rank_pool
 import torch
 from torch import Tensor
 
+from moesaic.kernels.quant import dequantize_per_token
 from moesaic.moe.deepep_config import ChunkSizes, DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_library import DeepEPError
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
 from moesaic.moe.deepep_v2 import ElasticDeepEPBuffer, ElasticDeepEPDispatcher
 from moesaic.moe.dispatch_mode import DispatchMode
-from moesaic.moe.dispatcher import DispatchPlan, MaskedRows
+from moesaic.moe.dispatcher import DispatchPlan, ExpertRows, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import TopK
 
@@ -47,6 +48,7 @@ class DeepEPLayout:
     num_slots: int = 8
     alignment: int = 1
     fp8: bool = False
+    fp8_rows: bool = False
     mode: str = "auto"
     chunks: ChunkSizes | None = None
 
@@ -108,9 +110,9 @@ def make_dispatcher(layout: DeepEPLayout, purpose: str = "forward", **options: A
     group = rank_pool.group_of(tuple(range(layout.world)), purpose)
     if layout.generation == "deepep":
         buffer = DeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
-        return DeepEPDispatcher(buffer, alignment=layout.alignment)
+        return DeepEPDispatcher(buffer, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
     elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group, **options)
-    return ElasticDeepEPDispatcher(elastic, alignment=layout.alignment)
+    return ElasticDeepEPDispatcher(elastic, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
 
 
 def own_experts(layout: DeepEPLayout, rank: int) -> TorchExpertRunner:
@@ -130,13 +132,23 @@ def _run(dispatcher: Any, experts: TorchExpertRunner, layout: DeepEPLayout, case
     hidden, topk = case_inputs(layout, case, rank)
     handle = dispatcher.dispatch_a(hidden.float(), topk, DispatchPlan(mode=case.mode, num_tokens_per_rank=case.counts))
     received = dispatcher.dispatch_b(handle)
-    output = dispatcher.combine_b(dispatcher.combine_a(experts.run(received.rows), received.handle))
+    output = dispatcher.combine_b(dispatcher.combine_a(experts.run(_plain(received.rows)), received.handle))
     return DeepEPResult(
         output=output,
         rows_shape=tuple(received.rows.hidden.shape),
         counts=torch.as_tensor(received.rows.counts).tolist(),
         masked=isinstance(received.rows, MaskedRows),
     )
+
+
+def _plain(rows: ExpertRows) -> ExpertRows:
+    """FP8 rows and scales multiplied out."""
+    if rows.scales is None:
+        return rows
+    assert rows.hidden.dtype is torch.float8_e4m3fn
+    width = rows.hidden.shape[-1]
+    hidden = dequantize_per_token(rows.hidden.reshape(-1, width), rows.scales.reshape(-1, width // 128), torch.float32)
+    return replace(rows, hidden=hidden.view(rows.hidden.shape), scales=None)
 
 
 def two_in_flight_job(rank: int, layout: DeepEPLayout, cases: tuple[DeepEPCase, DeepEPCase], order: str) -> list[Tensor]:
