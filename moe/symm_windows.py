@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.peer_exchange import OPERATIONS, PeerLate, PeerLayout, PeerWindow
+from moesaic.moe.dispatch_mode import DispatchMode
 
 NUM_WINDOWS = 2
 MakeWindows = Callable[[PeerLayout, int, dist.ProcessGroup | None, str], Sequence[PeerWindow]]
@@ -71,7 +72,7 @@ class WindowsInTurn:
     """The windows of one rank, shared by the layers of a model. All ranks take and return them in the same order."""
 
     def __init__(self, windows: Sequence[PeerWindow]) -> None:
-        self._free = list(windows)
+        self._all, self._free = tuple(windows), list(windows)
         pinned = windows[0].own.is_cuda
         self._seen = {id(window): torch.zeros(2, dtype=torch.int32, pin_memory=pinned) for window in windows}
 
@@ -80,6 +81,16 @@ class WindowsInTurn:
         assert self._free, "more micro-batches are under way than there are windows"
         self._raise_if_late(self._free[0])
         return self._free.pop(0)
+
+    def enter(self, mode: DispatchMode) -> None:
+        """Every mode finds the windows as it needs them."""
+
+    def verify(self) -> None:
+        """Raises PeerLate if a rank missed an exchange of the steps so far. Waits for the device."""
+        if self._all[0].own.is_cuda:
+            torch.cuda.current_stream(self._all[0].own.device).synchronize()
+        for window in self._all:
+            self._raise_if_late(window)
 
     def give_back(self, window: PeerWindow) -> None:
         """After its combine. A CPU knows at once whether all ranks came; a device is asked without a wait, for `take` to see."""

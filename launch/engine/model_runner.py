@@ -209,11 +209,11 @@ class ModelRunner:
         else:
             self._enter(inputs.plan.mode)
             logits = self._model.forward(inputs, self._pool, observer, split, self._timeline)
-        if self._model.deepep is not None:
-            self._model.deepep.verify()
+        if self._model.exchange is not None:
+            self._model.exchange.verify()
         return logits
 
     def _enter(self, mode: DispatchMode) -> None:
         """Before a forward, and outside of what is captured."""
-        if self._model.deepep is not None:
-            self._model.deepep.enter(mode)
+        if self._model.exchange is not None:
+            self._model.exchange.enter(mode)

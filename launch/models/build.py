@@ -110,7 +110,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
-            deepep=self._deepep,
+            exchange=self._windows if self._parallel.a2a_backend == "symm" else self._deepep,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:

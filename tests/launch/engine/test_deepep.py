@@ -30,11 +30,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4-dp1": {"tp": 4, "dp": 1, "ep": 4},
 }
 GENERATIONS, MODES = ("deepep", "deepep_v2"), ("auto", "normal", "low_latency")
-OVERLAPS: dict[str, dict[str, Any]] = {"straight": {}, "two": {"split_from": SplitThresholds(prefill=2, decode=2)}}
+TWO = SplitThresholds(prefill=2, decode=2)
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "straight": {},
+    "two": {"split_from": TWO},
+    "graphs": {"graph_rows": (1, 2, 4), "split_from": TWO},
+}
 SOME = [
     ("dp4", "deepep", "auto", "two"),
     ("tp4-dp2", "deepep_v2", "auto", "two"),
     ("dp2", "deepep", "low_latency", "two"),
+    ("dp2", "deepep", "auto", "graphs"),
 ]
 REST = [
     (layout, generation, mode, overlap)

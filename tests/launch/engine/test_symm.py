@@ -16,8 +16,11 @@ SIZES = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4
 
 
 @pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: the interpreter is off")
-@pytest.mark.parametrize("split", [False, True])
-def test_tokens_are_those_of_the_engine_over_collectives(rank_pool: RankPool, tiny: Callable[..., TinyModel], split: bool) -> None:
+@pytest.mark.parametrize(("split", "graphs"), [(False, False), (True, False), (False, True)])
+def test_tokens_are_those_of_the_engine_over_collectives(
+    rank_pool: RankPool, tiny: Callable[..., TinyModel], split: bool, graphs: bool
+) -> None:
+    """`graphs`: padded decode steps that are repeated as captured, with blank rows that nobody gets."""
     model = tiny("fp8", **SIZES, num_experts_per_tok=2, num_hidden_layers=2)
     prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6], [20]]
     tokens = []
@@ -31,6 +34,7 @@ def test_tokens_are_those_of_the_engine_over_collectives(rank_pool: RankPool, ti
             fp8_activations=True,
             fp8_experts=True,
             split_from=SplitThresholds(decode=2) if split else SplitThresholds(),
+            graph_rows=(1, 4) if graphs and a2a == "symm" else (),
         )
         wave = [greedy_request(index, prompt, 4) for index, prompt in enumerate(prompts)]
         finished = merged(rank_pool.run(2, engine_job, settings, [wave], deadline_s=200))
