@@ -196,7 +196,7 @@ def test_a_failed_read_fails_its_room_only() -> None:
 
         assert broken.failure is not None
         assert broken.failure.kind == "lost"
-        assert "in state transferring: the cable is out" in str(broken.failure)
+        assert "in state transferring: prefill instance p0 rank 0: the cable is out" in str(broken.failure)
 
 
 def test_a_room_used_twice_is_refused_and_the_first_goes_on() -> None:
@@ -437,9 +437,8 @@ def test_pages_are_served_again_once_there_are_file_descriptors() -> None:
     with socket.socket() as first, socket.socket() as second:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
-            first.connect(server.address)  # is accepted: Linux takes the descriptor before it waits
-            wait_for(lambda: len(server._connections) == 1)
-            time.sleep(0.05)  # there is none for the next
+            first.connect(server.address)  # may be accepted: Linux takes the descriptor before it waits; the next has none
+            time.sleep(0.1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         second.connect(server.address)
@@ -465,7 +464,7 @@ def test_a_read_that_ends_while_others_are_looked_through_is_not_lost() -> None:
 
     reads = RoomReads(PagedMemory(make_pools(1)))
     for targets in ([1], [2]):
-        reads.add(Fetch(read=Ending(), targets=targets, checksums=[]), 1)
+        reads.add(Fetch(peer="p0", read=Ending(), targets=targets, checksums=[]), 1)
     assert reads.take_ended() == []
     assert [fetch.targets for fetch in reads.take_ended()] == [[1], [2]]
     assert len(reads) == 0
