@@ -32,9 +32,7 @@ from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.plan import Chunk, Launch, Plan
 from moesaic.launch.engine.retraction import KVKeeper, Restoration
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
-
-LPM_WINDOW = 64
-"""How many waiting sequences the longest-prefix-match policy looks at; matching costs time."""
+from moesaic.launch.engine.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class Scheduler:
         self.cache = PrefixCache(PageAllocator(config.num_pages), config.page_size, config.prefix_cache)
         self.table = SequenceTable(config.max_running, -(-config.context_length // config.page_size), config.context_length)
         self.num_retracted = 0
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingQueue(config.policy, self.cache)
         self._decoding: Int64Array = np.empty(0, dtype=np.int64)
         self._placed: Int64Array = np.empty(0, dtype=np.int64)
         self._known_tokens: dict[int, int] = {}
@@ -84,7 +82,7 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self._waiting)
+        return self._waiting.num_tokens
 
     @property
     def num_used_tokens(self) -> int:
@@ -115,8 +113,7 @@ class Scheduler:
     def add(self, request: GenerateRequest) -> Sequence:
         """Queue a request. Raises ValueError as `check` does."""
         sequence = self._take_in(request)
-        self._waiting.append(sequence)
-        self._waiting.sort(key=lambda waiting: waiting.precedence)
+        self._waiting.add(sequence)
         self._blocked = False
         return sequence
 
@@ -269,8 +266,7 @@ class Scheduler:
         self._release(victim)
         victim.num_computed = 0
         victim.prompt_logprobs.clear()
-        self._waiting.append(victim)
-        self._waiting.sort(key=lambda waiting: waiting.precedence)
+        self._waiting.add(victim)
         self.num_retracted += 1
         self._growth.was_too_low()
 
@@ -328,8 +324,9 @@ class Scheduler:
 
     def _resume_kept(self) -> None:
         """Sequences at the head of the queue whose KV was kept decode in this step, where there is room."""
-        while self._waiting and self._waiting[0].kept is not None and self.table.num_free and not self._blocked:
-            sequence = self._waiting[0]
+        while (sequence := self._waiting.head) is not None and sequence.kept is not None:
+            if not self.table.num_free or self._blocked:
+                return
             if self._admit(sequence):
                 self._resume(sequence)
             else:
@@ -355,7 +352,7 @@ class Scheduler:
             yield chunk
         if not self._waiting or self._blocked:
             return
-        for sequence in self._admission_order():
+        for sequence in self._waiting.admission_order():
             if budget <= 0 or not self.table.num_free or self._partial is not None:
                 return
             if sequence.kept is not None:
@@ -372,16 +369,6 @@ class Scheduler:
         completes = sequence.num_computed + length == sequence.num_tokens
         self._partial = None if completes else sequence
         return Chunk(sequence, sequence.num_computed, length, completes)
-
-    def _admission_order(self) -> list[Sequence]:
-        if self.config.policy == "fcfs" or len(self._waiting) == 1:
-            return list(self._waiting)
-        window = self._waiting[:LPM_WINDOW]
-        hits = {
-            sequence.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens) for sequence in window
-        }
-        order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.rid]))
-        return order + self._waiting[LPM_WINDOW:]
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, unless running ones need the room."""

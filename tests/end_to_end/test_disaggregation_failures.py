@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import httpx
 import pytest
 from http_server import wait_for
 from live_server import LiveServer, free_port
-from pd_servers import PdPair, greedy, kill, next_room, pd_pair, post, start_prefill
+from pd_servers import PdPair, greedy, kill, metric, next_room, pd_pair, post, start_prefill
 from router_process import pd_router
 from tiny_models import TinyModel
 
@@ -40,10 +39,8 @@ def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: 
     wait_for(lambda: pair.used_tokens() == 0, 20)
     with pair.decode.client() as client:
         retraction = client.get("/server_info").json()["internal_states"][0]["retraction"][0]
-        metrics = client.get("/metrics").text
     assert 0 < retraction["num_restored_tokens"] <= retraction["num_offloaded_tokens"] and not retraction["num_host_tokens"]
-    (counted,) = re.findall(r"^moesaic:retracted_restored_tokens_total\{.*\} (\S+)$", metrics, flags=re.MULTILINE)
-    assert float(counted) == retraction["num_restored_tokens"]
+    assert metric(pair.decode, "retracted_restored_tokens_total") == retraction["num_restored_tokens"]
 
 
 def test_a_dead_prefill_fails_its_requests_and_no_others(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_an_abort_of_a_retracted_request_leaks_nothing(
     scheduler = engines.decode.engine.scheduler
     engines.send(*(engines.request(rid, prompt, NUM_TOKENS) for rid, prompt in enumerate(PROMPTS)))
     engines.step_until(lambda: scheduler.num_waiting)
-    victim = scheduler._waiting[0]
-    assert victim.kept is not None and engines.decode.used_host_pages >= len(victim.kept.host_pages)
+    victim = scheduler._waiting.head
+    assert victim is not None and victim.kept is not None and engines.decode.used_host_pages >= len(victim.kept.host_pages)
     if restored:
         engines.step_until(lambda: victim.slot >= 0)
     for _ in range(num_steps):
