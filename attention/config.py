@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_GROUP_TOKENS = 8192
+"""Sequences share a group while their contexts have at most this many tokens, which bounds the memory of their keys and values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moesaic.attention.config import MAX_GROUP_TOKENS
+
 if TYPE_CHECKING:
     from moesaic.attention.metadata import ExtendSequence
-
-MAX_GROUP_TOKENS = 8192
-"""Sequences share a group while their contexts have at most this many tokens, which bounds the memory of their keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,12 +133,17 @@ def _bucket_bounds(sorted_lens: Int64Array) -> list[int]:
     return bounds
 
 
-def decode_buckets(page_table: Int32Array, seq_lens: Int64Array, page_size: int, device: torch.device) -> tuple[DecodeBucket, ...]:
-    """page_table [B, P] and seq_lens [B] (with the token of this step) -> buckets that cover all B rows once."""
+def decode_buckets(
+    page_table: Int32Array, seq_lens: Int64Array, page_size: int, device: torch.device, *, one: bool = False
+) -> tuple[DecodeBucket, ...]:
+    """page_table [B, P] and seq_lens [B] (with the token of this step) -> buckets that cover all B rows once.
+
+    one: a single bucket, whatever the lengths.
+    """
     if len(seq_lens) == 0:
         return ()
     longest = int(seq_lens.max())
-    if longest <= MAX_PADDING * float(seq_lens.mean()) or len(seq_lens) <= 4:
+    if one or longest <= MAX_PADDING * float(seq_lens.mean()) or len(seq_lens) <= 4:
         return (_bucket(None, page_table, seq_lens, page_size, device),)
     order = np.argsort(-seq_lens, kind="stable")
     bounds = _bucket_bounds(seq_lens[order])

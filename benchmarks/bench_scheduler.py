@@ -50,7 +50,7 @@ class PreparedLogits:
     config: Any
     timeline: Any = None
 
-    def forward(self, inputs: Any, observer: Any, split: Any) -> torch.Tensor:
+    def forward(self, inputs: Any, observer: Any, split: Any, graph: Any) -> torch.Tensor:
         return self.logits[: len(inputs.logit_rows)]
 
 

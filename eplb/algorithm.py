@@ -1,4 +1,4 @@
-"""Which experts get replicas and where all lie: the entry points over the policies of `--eplb-algorithm`.
+"""Which experts get replicas and where all lie: the entry point over the policies of `--eplb-algorithm`.
 
 deepseek               DeepSeek's EPLB: hierarchical when the groups divide among the nodes, else global; its very results
 deepseek_hierarchical  its hierarchical form, or an error
@@ -10,9 +10,7 @@ Pure functions on arrays. L sparse layers, E logical experts, W windows of time,
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moesaic.eplb.algorithm_auto import Shape, place_automatically
 from moesaic.eplb.algorithm_deepseek import place_hierarchically
@@ -24,10 +22,10 @@ ALGORITHMS = ("auto", "deepseek", "deepseek_hierarchical")
 DEFAULT_TOLERANCE = 0.01
 
 FloatArray = NDArray[np.float64]
-AnyArray = Tensor | NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.int32]
+AnyArray = NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64] | NDArray[np.int32]
 
 
-def rebalance_experts(
+def place(
     weight: AnyArray,
     num_replicas: int,
     num_groups: int,
@@ -37,17 +35,8 @@ def rebalance_experts(
     algorithm: str = "auto",
     previous: AnyArray | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A placement for these loads; arguments and results mean what they mean in DeepSeek's EPLB.
-
-    weight [L, E], or [W, L, E] for `auto` to see how loads vary over time (the others use the sum); any real dtype, not negative.
-    num_replicas: slots in all; num_groups: groups of experts; where they divide among the nodes, a group is kept near one node.
-    previous, for `auto`: physical_to_logical [L, R] now in force. It is kept but for few slots as long as the largest GPU load of
-    a layer can be brought within 1 + tolerance times that of a solve from nothing.
-
-    Returns int64 CPU tensors: physical_to_logical [L, R], the expert of each slot; logical_to_physical [L, E, most replicas], the
-    slots of each expert, padded with -1; logical_count [L, E], its number of slots. Raises ValueError for unusable arguments.
-    """
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """`rebalance_experts` (deepseek_signature.py, which says what all of it means) from and to numpy arrays."""
     loads = _checked_loads(weight)
     sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
     shape = _checked_shape(loads.shape[-1], sizes, algorithm)
@@ -63,7 +52,7 @@ def rebalance_experts(
         )
     count = count_replicas(placed, num_experts)
     slots = logical_to_physical(placed, count) if replica is None else _by_replica(placed, replica, count)
-    return torch.from_numpy(placed), torch.from_numpy(slots), torch.from_numpy(count)
+    return placed, slots, count
 
 
 def place_experts(
@@ -77,14 +66,12 @@ def place_experts(
     previous: ExpertLocation | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
 ) -> ExpertLocation:
-    """`rebalance_experts` in the terms of this package: from and to an ExpertLocation."""
+    """`place` in the terms of this package: from and to an ExpertLocation."""
     before = None if previous is None else previous.physical_to_logical
-    placed, _, _ = rebalance_experts(
+    placed, _, _ = place(
         weight, num_slots, num_groups, num_nodes, ep_size, algorithm=algorithm, previous=before, tolerance=tolerance
     )
-    return ExpertLocation(
-        physical_to_logical=placed.numpy(), num_experts=int(weight.shape[-1]), ep_size=ep_size, num_nodes=num_nodes
-    )
+    return ExpertLocation(physical_to_logical=placed, num_experts=int(weight.shape[-1]), ep_size=ep_size, num_nodes=num_nodes)
 
 
 def _over_time(loads: FloatArray) -> ExpertLoads:
@@ -102,7 +89,7 @@ def _by_replica(placed: Int64Array, replica: Int64Array, count: Int64Array) -> I
 
 def _checked_loads(weight: AnyArray) -> FloatArray:
     """weight as float64 [L, E] or [W, L, E], a copy."""
-    values = weight.detach().to("cpu", torch.float64).numpy() if isinstance(weight, Tensor) else np.asarray(weight)
+    values = np.asarray(weight)
     if values.dtype.kind not in "iufb":
         raise ValueError(f"weight must hold real numbers, got dtype {values.dtype}")
     if values.ndim not in (2, 3) or 0 in values.shape:
@@ -146,7 +133,7 @@ def _checked_shape(num_experts: int, sizes: dict[str, int], algorithm: str) -> S
 
 
 def _checked_previous(previous: AnyArray, num_layers: int, num_experts: int, shape: Shape) -> Int64Array:
-    values = previous.detach().cpu().numpy() if isinstance(previous, Tensor) else np.asarray(previous)
+    values = np.asarray(previous)
     if values.shape != (num_layers, shape.num_slots) or values.dtype.kind not in "iu":
         raise ValueError(
             f"previous must be the expert of each slot, integers [{num_layers} layers, {shape.num_slots} slots]; "

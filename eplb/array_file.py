@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
 
@@ -30,6 +29,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
+    import torch
+
     fields = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(fields, dict):
         raise ValueError(f"it holds a {type(fields).__name__}, not a dict")

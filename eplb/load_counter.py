@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from moesaic.eplb.location import Int64Array
-
-ForwardMode = Literal["prefill", "decode"]
-"""What a forward is: `prefill` if any rank computes prompt tokens in it, whatever else it does, else `decode`."""
-
-FORWARD_MODES: tuple[ForwardMode, ...] = get_args(ForwardMode)
 
 _MOST_HELD_CHOICES = 1 << 14
 _MOST_HELD_TENSORS = 1 << 10

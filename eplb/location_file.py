@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from moesaic.eplb.array_file import read_fields
 from moesaic.eplb.location import BadLocation, ExpertLocation, Int64Array
@@ -127,6 +126,8 @@ def save_location(
             fields = {"physical_to_logical": location.physical_to_logical.tolist(), "layer_ids": ids.tolist(), **sizes}
             path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
         case ".pt":
+            import torch
+
             num_rows = int(ids[-1]) + 1 if num_hidden_layers is None else num_hidden_layers
             assert num_rows > ids[-1], f"layer {ids[-1]} does not exist in a model of {num_rows} layers"
             slots = np.tile(np.arange(location.num_slots) % location.num_experts, (num_rows, 1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moesaic.eplb.balancedness import balancedness, gpu_loads
 from moesaic.eplb.bounds import gap, replica_bound
-from moesaic.eplb.load_counter import FORWARD_MODES
+from moesaic.eplb.forward_mode import FORWARD_MODES
 from moesaic.eplb.location import ExpertLocation, Int64Array
 
 ALL = "all"

@@ -6,8 +6,10 @@ A front function that gets True imports its kernel from kernels/triton/; the imp
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SWITCH_VARIABLE = "MOESAIC_GPU_KERNELS"
 """"torch" keeps CUDA tensors to the torch references."""

@@ -1,5 +1,6 @@
 """Grouped matrix product: each expert's rows times that expert's weight, for the contiguous and the masked layout.
 
+`backend` names an implementation (kernels/grouped_backends.py); "auto" is Triton for CUDA tensors and torch, or C, for others.
 On CPU the work is bound by reading weights, so what counts is to read each active expert's weight once and to make few calls:
 one batched product when most experts have rows, one product per active expert when few have.
 """
@@ -7,7 +8,9 @@ one batched product when most experts have rows, one product per active expert w
 from __future__ import annotations
 
 import ctypes
+import importlib
 from array import array
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,13 +18,47 @@ from torch import Tensor
 
 from moesaic.kernels.checks import INDICES, check_tensor
 from moesaic.kernels.gpu import uses_triton
+from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.kernels.native.library import kernels_for
 from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks_reference, dequantize_per_token_reference
 
 MAX_BATCHED_ROWS = 32
+Choice = Name | Literal["auto"]
 
 
-def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+class GroupedProducts(Protocol):
+    """What a backend's module has; each as the front function of its name, less `backend`."""
+
+    def grouped_gemm_contiguous(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor: ...
+
+    def grouped_gemm_masked(self, x: Tensor, weight: Tensor, counts: Tensor, *, expected_rows: int | None = None) -> Tensor: ...
+
+    def grouped_gemm_fp8_contiguous(
+        self, x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: list[int], *, out_dtype: torch.dtype
+    ) -> Tensor: ...
+
+    def grouped_gemm_fp8_masked(
+        self,
+        x: Tensor,
+        x_scales: Tensor,
+        weight: Tensor,
+        weight_scales: Tensor,
+        counts: Tensor,
+        *,
+        expected_rows: int | None = None,
+        out_dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+def _device_products(x: Tensor, backend: Choice) -> GroupedProducts | None:
+    """The backend's module; None where torch computes."""
+    name = backend if backend != "auto" else "triton" if uses_triton(x) else "torch"
+    module = BACKENDS[name].module
+    products: GroupedProducts | None = None if module is None else importlib.import_module(module)
+    return products
+
+
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int], *, backend: Choice = "auto") -> Tensor:
     """x [sum(counts), K], rows sorted by expert; weight [E, N, K]; counts rows per expert -> [sum(counts), N].
 
     Raises ValueError when counts don't match the shapes.
@@ -31,9 +68,8 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
             f"grouped_gemm_contiguous: {len(counts)} counts with sum {sum(counts)} don't fit "
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-    if uses_triton(x):
-        from moesaic.kernels.triton import grouped_gemm as device
-
+    device = _device_products(x, backend)
+    if device is not None:
         return device.grouped_gemm_contiguous(x, weight, counts)
     native = kernels_for(x)
     if native is not None and x.is_contiguous() and _out_fastest(weight):
@@ -86,14 +122,15 @@ def _batched(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     return product.view(-1, weight.shape[1]).index_select(0, rows)
 
 
-def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor, *, expected_rows: int | None = None) -> Tensor:
+def grouped_gemm_masked(
+    x: Tensor, weight: Tensor, counts: Tensor, *, expected_rows: int | None = None, backend: Choice = "auto"
+) -> Tensor:
     """x [E, M, K] with counts int64 [E] valid rows per expert; weight [E, N, K] -> [E, M, N], invalid rows unspecified.
 
     `expected_rows` per expert, by default M, let a device choose its tiles; they change no result. Raises ValueError on a device.
     """
-    if uses_triton(x):
-        from moesaic.kernels.triton import grouped_gemm as device
-
+    device = _device_products(x, backend)
+    if device is not None:
         return device.grouped_gemm_masked(x, weight, counts, expected_rows=expected_rows)
     return torch.bmm(x, weight.transpose(1, 2))
 
@@ -106,6 +143,7 @@ def grouped_gemm_fp8_contiguous(
     counts: list[int],
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    backend: Choice = "auto",
 ) -> Tensor:
     """`grouped_gemm_contiguous` of FP8 rows and FP8 weights, accumulated in fp32 -> [sum(counts), N] of out_dtype.
 
@@ -118,9 +156,8 @@ def grouped_gemm_fp8_contiguous(
             f"grouped_gemm_fp8_contiguous: {len(counts)} counts with sum {sum(counts)} don't fit "
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-    if uses_triton(x):
-        from moesaic.kernels.triton import grouped_gemm as device
-
+    device = _device_products(x, backend)
+    if device is not None:
         return device.grouped_gemm_fp8_contiguous(x, x_scales, weight, weight_scales, counts, out_dtype=out_dtype)
     return grouped_gemm_fp8_contiguous_reference(x, x_scales, weight, weight_scales, counts, out_dtype=out_dtype)
 
@@ -152,13 +189,13 @@ def grouped_gemm_fp8_masked(
     *,
     expected_rows: int | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    backend: Choice = "auto",
 ) -> Tensor:
     """`grouped_gemm_masked` of FP8 rows [E, M, K] and FP8 weights; scales as in `grouped_gemm_fp8_contiguous`, per expert."""
     _check_fp8("grouped_gemm_fp8_masked", x, x_scales, weight, weight_scales, rank=3)
     check_tensor("grouped_gemm_fp8_masked", "counts", counts, shape=x.shape[:1], dtypes=INDICES, like=x)
-    if uses_triton(x):
-        from moesaic.kernels.triton import grouped_gemm as device
-
+    device = _device_products(x, backend)
+    if device is not None:
         return device.grouped_gemm_fp8_masked(
             x, x_scales, weight, weight_scales, counts, expected_rows=expected_rows, out_dtype=out_dtype
         )

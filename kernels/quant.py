@@ -50,7 +50,7 @@ def quantize_per_token_reference(x: Tensor, *, mn_major_scales: bool = False) ->
     quantized = (padded / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     if mn_major_scales:
         scales = empty_scales(x, mn_major=True).copy_(scales)
-    return quantized.view(num_tokens, num_blocks * BLOCK)[:, :width], scales
+    return quantized.view(num_tokens, num_blocks * BLOCK)[:, :width].contiguous(), scales
 
 
 def dequantize_per_token(quantized: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

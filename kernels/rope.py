@@ -7,33 +7,13 @@ where it is; the order of dimensions doesn't matter to the dot product as long a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels.gpu import uses_triton
 from moesaic.kernels.native.library import kernels_for
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """`factor` None means plain rope; else YaRN's constants as in config.json."""
-
-    dim: int
-    theta: float
-    factor: float | None = None
-    original_max_position: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature 0.1 * mscale * ln(factor) + 1 (1 where the context isn't stretched)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+from moesaic.kernels.rope_config import RopeConfig, yarn_mscale
 
 
 def rope_frequencies(config: RopeConfig) -> Tensor:

@@ -39,7 +39,6 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         if late.off is None:
             later.add_argument(late.name, action="store_true", help=help_text)
         else:
-            # `+`: --cuda-graph-bs takes several values, and all of them are refused anyway.
             later.add_argument(late.name, nargs="+", metavar="V", help=help_text)
 
 
@@ -57,6 +56,7 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
         metavar=flag.metavar,
         required=required,
         default=default,
+        nargs="+" if flag.several else None,
         help=flag.help + shown,
     )
 
@@ -79,6 +79,7 @@ def parse_serve(argv: Sequence[str]) -> ServerConfig:
         raise ConfigError(f"unexpected argument{'s' if len(extra) > 1 else ''}: {' '.join(extra)}")
     _refuse_later(namespace)
     values = {field.name: getattr(namespace, field.name) for field in fields(ServerConfig)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return ServerConfig(**values | {"model_path": resolve_model_path(values["model_path"])})
 
 

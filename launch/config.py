@@ -14,12 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.kernels.grouped_backends import Name as RunnerName
+from moesaic.moe.deepep_config import DeepEPSettings
+
 DispatchMode = Literal["auto", "normal", "low_latency"]
 RecorderMode = Literal["stat", "per_pass", "per_token"]
-A2ABackend = Literal["none", "torch", "deepep"]
+A2ABackend = Literal["none", "torch", "symm", "deepep", "deepep_v2"]
 TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
+KVDTypeName = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +63,10 @@ class ServerConfig:
     load_balance_method: Literal["auto", "round_robin", "total_tokens", "total_requests"] = "auto"
     # Experts
     moe_a2a_backend: A2ABackend = "none"
-    moe_runner_backend: Literal["auto", "torch"] = "auto"
+    moe_runner_backend: RunnerName | Literal["auto"] = "auto"
     deepep_mode: DispatchMode = "auto"
     deepep_max_dispatch_tokens_per_rank: int = 128
+    deepep_config: str | None = None
     # Placement of experts
     enable_eplb: bool = False
     ep_num_redundant_experts: int = 0
@@ -87,6 +92,7 @@ class ServerConfig:
     disaggregation_timeout: int = 120
     disaggregation_checksum: bool = False
     num_reserved_decode_tokens: int = 512
+    disaggregation_host_kv_gb: float = 4.0
     # Memory and scheduling
     mem_fraction_static: float | None = None
     max_running_requests: int | None = None
@@ -94,11 +100,14 @@ class ServerConfig:
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int = 16384
     page_size: int | None = None
+    kv_cache_dtype: Literal["auto", "bf16", "bfloat16", "fp8_e4m3"] = "auto"
     schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
     disable_radix_cache: bool = False
     radix_eviction_policy: Literal["lru"] = "lru"
     disable_overlap_schedule: bool = False
     disable_cuda_graph: bool = False
+    cuda_graph_bs: tuple[int, ...] | None = None
+    cuda_graph_max_bs: int | None = None
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention_backend: Literal["auto", "torch"] = "auto"
@@ -120,7 +129,11 @@ class ResolvedConfig:
     `two_batch_overlap`: from which step sizes on is measured when the ranks start, or read (`RankSpec.calibration`);
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
+    `moe_runner_backends`: what computes the experts' products; of several the table of kernels/grouped_backends.py chooses
+    by the product's shape.
+    `deepep`: what DeepEP is made with, where it is the `moe_a2a_backend`.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
+    `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
     `dist_timeout` and `watchdog_timeout` are in seconds.
     """
 
@@ -128,14 +141,16 @@ class ResolvedConfig:
     load_format: Literal["safetensors", "dummy"]
     device: DeviceName
     dtype: DTypeName
+    kv_dtype: KVDTypeName
     quantization: Literal["none", "fp8"]
     context_length: int
     communication_backend: Literal["gloo", "nccl"]
     attention_backend: Literal["torch"]
-    moe_a2a_backend: Literal["none", "torch"]
-    moe_runner_backend: Literal["torch"]
+    moe_a2a_backend: A2ABackend
+    moe_runner_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int
+    deepep: DeepEPSettings
     enable_dp_lm_head: bool
     two_batch_overlap: bool
     single_batch_overlap: bool
@@ -148,6 +163,7 @@ class ResolvedConfig:
     max_total_tokens: int | None
     chunked_prefill_tokens_per_dp: int
     page_size: int
+    cuda_graph_rows: tuple[int, ...]
     recorder_mode: RecorderMode
     recorder_buffer_size: int
     schedule_policy: Literal["fcfs", "lpm"]
@@ -158,3 +174,8 @@ class ResolvedConfig:
     load_balance_method: Literal["round_robin", "total_tokens", "total_requests"]
     max_queued_requests: int
     log_level: Literal["debug", "info", "warning", "error"]
+
+    @property
+    def fp8_experts(self) -> bool:
+        """Whether routed experts keep their FP8 weights and compute in FP8; on a CPU W8A8 is simulated."""
+        return self.quantization == "fp8" and self.device == "cuda"

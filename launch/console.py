@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moesaic.launch.disaggregation.roles import render_suitability
 from moesaic.launch.engine import messages
+from moesaic.launch.memory_plan import render_memory
 from moesaic.launch.overlap_report import render_profile
 from moesaic.launch.report import render_report
 from moesaic.launch.startup import Plan
@@ -34,7 +35,7 @@ def make_console() -> Console:
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Banner, topology and resolution report."""
+    """Banner, topology, resolution report and memory plan."""
     config = plan.config
     console.print(f"[bold]moesaic {version()}[/bold]  {plan.model.architecture}  {config.model_path}", highlight=False)
     console.print(summarize_topology(plan.resolution.topology), highlight=False)
@@ -42,6 +43,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(render_topology(plan.resolution.topology, num_slots))
     console.print("resolution report")
     console.print(render_report(plan.resolution.choices))
+    console.print(render_memory(plan.memory))
     if config.disaggregation_mode != "null" or config.moe_a2a_backend != "none":
         console.print("what a dispatch mode is good for")
         console.print(_mode_table())

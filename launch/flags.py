@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from moesaic.kernels.grouped_backends import NAMES
+
 NumberT = TypeVar("NumberT", int, float)
 
 
@@ -39,6 +41,11 @@ def chunk_size(text: str) -> int:
 def fraction(text: str) -> float:
     """A number in (0, 1]."""
     return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
+
+
+def gigabytes(text: str) -> float:
+    """A number >= 0, finite."""
+    return _checked(text, float, lambda value: 0 <= value < float("inf"), "a number of GB, 0 or more")
 
 
 def smaller_share(text: str) -> float:
@@ -68,7 +75,8 @@ def _checked(text: str, kind: type[NumberT], legal: Callable[[NumberT], bool], w
 class Flag:
     """One flag.
 
-    The first of `names` gives the ServerConfig field. `kind` None means a switch that turns the field on.
+    The first of `names` gives the ServerConfig field. `kind` None means a switch that turns the field on. `several`: takes one
+    value or more, a tuple in the ServerConfig.
     """
 
     names: tuple[str, ...]
@@ -76,6 +84,7 @@ class Flag:
     kind: Callable[[str], Any] | None = str
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
+    several: bool = False
 
     @property
     def field(self) -> str:
@@ -165,12 +174,19 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     "experts": (
         _choice(
             "--moe-a2a-backend",
-            "how tokens reach their experts; none: all-gather and all-reduce",
+            "how tokens reach their experts; none: all-gather and all-reduce; symm: over memory that GPUs of a node share",
             "none",
             "torch",
+            "symm",
             "deepep",
+            "deepep_v2",
         ),
-        _choice("--moe-runner-backend", "what computes the experts", "auto", "torch"),
+        _choice(
+            "--moe-runner-backend",
+            "what computes the experts; auto: torch on CPU, on CUDA a table's choice by shape among those that are there",
+            "auto",
+            *NAMES,
+        ),
         _choice(
             "--deepep-mode",
             "dispatch mode; auto: normal if any rank prefills, else low_latency",
@@ -182,6 +198,11 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "--deepep-max-dispatch-tokens-per-rank",
             "most tokens a rank may bring into a low-latency step",
             positive_int,
+        ),
+        _flag(
+            "--deepep-config",
+            "tuning of DeepEP's normal kernels: JSON, or a file of it, with normal_dispatch and normal_combine",
+            metavar="JSON",
         ),
     ),
     "placement of experts": (
@@ -266,8 +287,14 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _switch("--disaggregation-checksum", "decode checks every page that it has fetched"),
         _flag(
             "--num-reserved-decode-tokens",
-            "KV tokens that decode keeps free for each running request's growth",
+            "most KV tokens that decode keeps free for a running request's growth; fewer where answers are shorter",
             rank_number,
+        ),
+        _flag(
+            "--disaggregation-host-kv-gb",
+            "host memory of each decode rank for the KV of retracted requests, in GB; 0: they are computed again",
+            gigabytes,
+            metavar="GB",
         ),
     ),
     "memory and scheduling": (
@@ -282,11 +309,22 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--chunked-prefill-size", "prompt tokens per step, on the whole server; -1: whole prompts", chunk_size),
         _flag("--max-prefill-tokens", "prompt tokens that one DP rank admits in one step", positive_int),
         _flag("--page-size", "KV cache tokens per page (16 CPU, 64 CUDA)", positive_int),
+        _choice(
+            "--kv-cache-dtype", "auto: the model's; fp8_e4m3: half of bfloat16's memory", "auto", "bf16", "bfloat16", "fp8_e4m3"
+        ),
         _choice("--schedule-policy", "order of admission; lpm: longest cached prefix first", "fcfs", "lpm"),
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
         _switch("--disable-overlap-schedule", "schedule a step only when the step before has been handled"),
-        _switch("--disable-cuda-graph", "accept that no CUDA graphs are used (they are not yet)"),
+        _switch("--disable-cuda-graph", "decode steps run operation by operation"),
+        Flag(
+            names=("--cuda-graph-bs",),
+            help="requests per DP rank that CUDA graphs are captured for (1, 2, 4, 8, 16, ...)",
+            kind=positive_int,
+            metavar="N",
+            several=True,
+        ),
+        _flag("--cuda-graph-max-bs", "the most requests per DP rank that they are captured for (all that may run)", positive_int),
     ),
     "device and process": (
         _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
@@ -323,9 +361,7 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
 # SGLang's defaults count as off, so that a script that spells them out keeps working.
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
-    *_later("DeepEP", deepep_config=()),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
-    *_later("CUDA graphs", cuda_graph_max_bs=(), cuda_graph_bs=()),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
     *_later("deterministic logits", deterministic=None),
 )

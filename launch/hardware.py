@@ -1,44 +1,111 @@
 """What this machine has, as plain numbers, so that the choice among backends is a pure function.
 
-Knows no flags and no backends. torch is asked only when the device is not settled.
+Knows no flags and no backends. torch is asked only where there is an NVIDIA driver.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 
+from moesaic.kernels.gpu import SWITCH_VARIABLE as GPU_SWITCH
+from moesaic.kernels.grouped_backends import NAMES, Name
 from moesaic.kernels.native.build import why_missing
 from moesaic.launch.config import DeviceName
 
 NO_DEVICE = "torch sees no CUDA device"
+NO_DRIVER = "this machine has no NVIDIA driver"
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
+"""What a Linux machine with an NVIDIA driver has: its own device file, or Windows' under WSL."""
+ASK_DEADLINE_S = 120
+ASK_RUNNERS = """
+import json, torch
+from moesaic.kernels.grouped_backends import NAMES, unfit_reason
+capability = torch.cuda.get_device_capability(0)
+print(json.dumps([(name, reason) for name in NAMES if (reason := unfit_reason(name, capability))]))
+"""
+ASK_DEEPEP = """
+import json, sys
+from moesaic.moe.deepep_library import why_missing
+print(json.dumps(why_missing(sys.argv[1])))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """`num_cores` are the cores this process may use, not the machine's.
 
-    `cuda_missing` says why there is no CUDA device, `cpu_kernels_missing` why there are no compiled CPU kernels (None: there are).
+    `cuda_missing` says why there is no CUDA device, `cpu_kernels_missing` why there are no compiled CPU kernels (None: there are),
+    `runners_missing` why experts can't be computed on the CUDA devices by this or that backend, `deepep_missing` why there is no
+    DeepEP, if it was asked for.
     """
 
     num_cores: int
     num_cuda_devices: int = 0
     cuda_missing: str = NO_DEVICE
     cpu_kernels_missing: str | None = None
+    runners_missing: tuple[tuple[Name, str], ...] = ()
+    deepep_missing: str | None = None
 
 
-def detect_hardware(device: str) -> Hardware:
-    """Look around. `device` "cpu" spares the second that importing torch takes."""
+def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
+    """Look around, and for DeepEP if this is its backend. Without a driver, or with `device` "cpu", this spares the seconds that
+    importing torch takes.
+    """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cpu":
         return _without_cuda(num_cores, "--device cpu")
+    if sys.platform == "linux" and not any(os.path.exists(path) for path in _DRIVER_FILES):
+        return _without_cuda(num_cores, NO_DRIVER)
     import torch
 
     if torch.version.cuda is None:
         return _without_cuda(num_cores, f"torch {torch.__version__} is a CPU build")
     num_devices = torch.cuda.device_count()
-    return Hardware(num_cores=num_cores, num_cuda_devices=num_devices) if num_devices else _without_cuda(num_cores, NO_DEVICE)
+    if not num_devices:
+        return _without_cuda(num_cores, NO_DEVICE)
+    return Hardware(
+        num_cores=num_cores,
+        num_cuda_devices=num_devices,
+        runners_missing=_missing_runners(),
+        deepep_missing=_missing_deepep(a2a_backend),
+    )
+
+
+def _missing_deepep(backend: str) -> str | None:
+    """Found out by a process of its own, as the runners are."""
+    if not backend.startswith("deepep"):
+        return None
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ASK_DEEPEP, backend], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
+        )
+        reason: str | None = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        return "asking for DeepEP failed: " + "".join(error.stderr.strip().splitlines()[-1:])
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        return f"asking for DeepEP failed: {error}"
+    return reason
+
+
+def _missing_runners() -> tuple[tuple[Name, str], ...]:
+    """Found out by a process of its own: to import these libraries is to set up CUDA, which this process leaves to the ranks."""
+    if os.environ.get(GPU_SWITCH) == "torch":
+        return tuple((name, f"{GPU_SWITCH}=torch") for name in NAMES if name != "torch")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ASK_RUNNERS], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
+        )
+        return tuple((name, reason) for name, reason in json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.CalledProcessError as error:
+        reason = "asking for it failed: " + "".join(error.stderr.strip().splitlines()[-1:])
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        reason = f"asking for it failed: {error}"
+    return tuple((name, reason) for name in NAMES if name != "torch")
 
 
 def machine_name(device: DeviceName, threads_per_rank: int, num_ranks: int) -> str:

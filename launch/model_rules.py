@@ -14,6 +14,18 @@ from moesaic.launch.topology import ModelShape, Topology
 FP8_BLOCK = 128
 
 
+def fp8_expert_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
+    """Experts in FP8 from end to end (on CUDA): a rank's parts of gate and of up are whole blocks, one after the other."""
+    part = shape.moe_intermediate_size // Topology.from_config(config).moe_tp_size
+    for what, size in (("hidden_size", shape.hidden_size), ("a rank's part of moe_intermediate_size", part)):
+        if size % FP8_BLOCK:
+            yield Conflict(
+                flags="--quantization fp8",
+                reason=f"experts in FP8 want sizes that are multiples of {FP8_BLOCK}, and {what} is {size}",
+                remedy="--quantization none, or fewer ranks per expert",
+            )
+
+
 def model_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
     """Model sizes that the layout doesn't divide."""
     topology = Topology.from_config(config)
@@ -40,7 +52,8 @@ def _attention_conflicts(config: ServerConfig, shape: ModelShape, topology: Topo
 
 def _expert_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
     tp, ep, moe_tp = config.tp_size, topology.ep_size, topology.moe_tp_size
-    if shape.num_experts % ep:
+    # With redundant experts it is the slots that are dealt out (placement_conflicts): 256 experts in 288 slots suit 72 ranks.
+    if not config.ep_num_redundant_experts and shape.num_experts % ep:
         yield _experts_conflict(config, ep, shape.num_experts)
     if shape.moe_intermediate_size % moe_tp:
         legal = [value for value in divisors(tp) if shape.moe_intermediate_size % (tp // value) == 0]
@@ -60,7 +73,8 @@ def _experts_conflict(config: ServerConfig, ep: int, num_experts: int) -> Confli
     flags = f"--tp-size {config.tp_size} --moe-a2a-backend {config.moe_a2a_backend}"
     legal = [value for value in divisors(num_experts) if value % config.dp_size == 0]
     otherwise = "--moe-a2a-backend none with a smaller --ep-size"
-    return Conflict(flags=flags, reason=reason, remedy=nearest("--tp-size", legal, config.tp_size, otherwise=otherwise))
+    remedy = nearest("--tp-size", legal, config.tp_size, otherwise=otherwise)
+    return Conflict(flags=flags, reason=reason, remedy=f"{remedy}, or --ep-num-redundant-experts {-num_experts % ep}")
 
 
 def _dense_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:

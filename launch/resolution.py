@@ -9,24 +9,39 @@ downgrade (`launch/report.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
-from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
+from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, KVDTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
+from moesaic.launch.deepep_rules import (
+    DEEPEP_BACKENDS,
+    deepep_conflicts,
+    deepep_flag_conflicts,
+    deepep_row,
+    deepep_settings,
+    exchange_shape,
+    plan_of,
+    refuse_missing,
+)
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
-from moesaic.launch.model_rules import model_conflicts
+from moesaic.launch.model_rules import fp8_expert_conflicts, model_conflicts
 from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
+from moesaic.launch.runner_choice import resolve_runners
+from moesaic.launch.symm_rules import symm_conflicts
 from moesaic.launch.topology import ModelShape, Topology
+from moesaic.moe.deepep_config import DeepEPSettings
 
 NOT_BUILT = "not built yet"
+FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
 MAX_RUNNING_REQUESTS_PER_DP = 256
 # Half of the default low-latency cap; the other half is left to prefill.
 LOW_LATENCY_RUNNING_REQUESTS_PER_DP = 64
@@ -47,12 +62,21 @@ class Resolution:
 
 def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Resolution:
     """Check the layout, settle every choice, check again what depends on the settled sizes, and apply `--strict`."""
-    refuse([*layout_conflicts(config), *overlap_conflicts(config), *role_flag_conflicts(config)])
+    flag_conflicts = (layout_conflicts, overlap_conflicts, role_flag_conflicts, deepep_flag_conflicts)
+    refuse([conflict for conflicts in flag_conflicts for conflict in conflicts(config)])
     refuse(model_conflicts(config, shape))
     topology = Topology.from_config(config)
     device, device_choice = _resolve_device(config, topology, hardware)
     dtype, dtype_choice = _resolve_dtype(config, device)
     quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
+    if quantization == "fp8" and device == "cuda":
+        refuse(fp8_expert_conflicts(config, shape))
+    runners, runner_choice = resolve_runners(
+        config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
+    )
+    kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
+    refuse(symm_conflicts(config, device, hardware))
+    refuse_missing(config, device, hardware)
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -60,14 +84,16 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         quantization=quantization,
         context_length=_context_length(config, shape),
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
-        moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
-        moe_runner_backend="torch",
+        moe_a2a_backend=config.moe_a2a_backend,
+        moe_runner_backends=runners,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
+        deepep=DeepEPSettings(),
         enable_dp_lm_head=config.enable_dp_lm_head,
         two_batch_overlap=config.enable_two_batch_overlap,
         single_batch_overlap=config.enable_single_batch_overlap,
@@ -82,6 +108,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         recorder_mode=config.expert_distribution_recorder_mode,
         recorder_buffer_size=config.expert_distribution_recorder_buffer_size,
         page_size=config.page_size or PAGE_SIZE[device],
+        cuda_graph_rows=(),
         schedule_policy=config.schedule_policy,
         enable_prefix_cache=not config.disable_radix_cache,
         num_threads=config.num_threads or max(1, hardware.num_cores // topology.ranks_per_node),
@@ -92,17 +119,22 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         log_level=config.log_level,
     )
     refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
+    if config.moe_a2a_backend in DEEPEP_BACKENDS:
+        resolved, mode_choice = _with_deepep(config, resolved, shape, topology)
+    cuda_graph_rows, graph_choice = choose_graphs(config, resolved, topology)
+    resolved = replace(resolved, cuda_graph_rows=cuda_graph_rows)
     choices = (
         device_choice,
         dtype_choice,
         Choice(capability="communication", chosen=resolved.communication_backend),
-        _kernel_choice("attention backend", "--attention-backend torch", config.attention_backend, device),
+        _attention_choice(config, device),
         mode_choice,
-        _kernel_choice("expert runner", "--moe-runner-backend torch", config.moe_runner_backend, device),
+        runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
+        kv_choice,
         _prefix_cache_choice(config),
-        _graph_choice(config, device),
+        graph_choice,
         _overlap_choice(config, device),
         *role_choices,
     )
@@ -144,23 +176,32 @@ def _resolve_quantization(
                 "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
                 "blocks); leave --quantization out, or take an FP8 checkpoint"
             )
-        how = "FP8 weights, activations per token and 128 channels" + (", simulated" if device == "cpu" else "")
-        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: {how}")
+        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
+        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
     if not shape.fp8_checkpoint:
         return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
     # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
     return "none", Choice(
         capability="quantisation",
         chosen=f"FP8 weights dequantised to {dtype} at load",
-        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else f"FP8 GEMM kernels {NOT_BUILT}"),),
+        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
         downgrade=device == "cuda" and config.quantization == "auto",
         accept="--quantization none",
     )
 
 
+def _with_deepep(
+    config: ServerConfig, resolved: ResolvedConfig, shape: ModelShape, topology: Topology
+) -> tuple[ResolvedConfig, Choice]:
+    """With what DeepEP is to be made with, and the report's row of it."""
+    resolved = replace(resolved, deepep=deepep_settings(config, resolved, topology))
+    refuse(deepep_conflicts(config, resolved, shape, topology))
+    slots = shape.num_experts + config.ep_num_redundant_experts
+    exchange = exchange_shape(topology, num_slots=slots, hidden_size=shape.hidden_size, topk=shape.topk)
+    return resolved, Choice(capability="dispatch", chosen=deepep_row(resolved, plan_of(resolved, exchange)))
+
+
 def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
-    if config.moe_a2a_backend == "deepep":
-        raise ConfigError(f"--moe-a2a-backend deepep: {NOT_BUILT}; use --moe-a2a-backend torch")
     if config.moe_a2a_backend == "none":
         # The low-latency layout would fix sizes for a communication that has none to save: only on explicit demand.
         unified: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
@@ -168,15 +209,22 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
         return mode, Choice(capability="dispatch", chosen=f"none (all-gather, all-reduce), mode {mode}")
     mode = role_mode(config.disaggregation_mode, config.deepep_mode)
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
-    refused = (("deepep", NOT_BUILT),)
-    return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
+    how = "torch all-to-all"
+    if config.moe_a2a_backend == "symm":
+        how = "low-latency steps over symmetric memory in FP8, others by torch all-to-all"
+    return mode, Choice(capability="dispatch", chosen=f"{how}, mode {rule}")
 
 
-def _kernel_choice(capability: str, accept: str, asked: str, device: DeviceName) -> Choice:
-    """Attention and experts: only the torch implementation exists, which on a GPU is less than one may expect."""
+def _attention_choice(config: ServerConfig, device: DeviceName) -> Choice:
+    """Only the torch implementation exists, which on a GPU is less than one may expect."""
     reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    downgrade = device == "cuda" and asked == "auto"
-    return Choice(capability=capability, chosen="torch", refused=(("device kernels", reason),), downgrade=downgrade, accept=accept)
+    return Choice(
+        capability="attention backend",
+        chosen="torch",
+        refused=(("device kernels", reason),),
+        downgrade=device == "cuda" and config.attention_backend == "auto",
+        accept="--attention-backend torch",
+    )
 
 
 def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
@@ -197,23 +245,19 @@ def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
     )
 
 
+def _resolve_kv_dtype(config: ServerConfig, device: DeviceName, dtype: DTypeName) -> tuple[KVDTypeName, Choice]:
+    if config.kv_cache_dtype == "fp8_e4m3":
+        how = ", computed by torch, slowly: a CPU has no FP8" if device == "cpu" else ""
+        return "float8_e4m3fn", Choice(capability="KV cache", chosen=f"FP8 (e4m3), scale 1{how}")
+    if config.kv_cache_dtype != "auto" and dtype != "bfloat16":
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the model computes in {dtype}; use auto or fp8_e4m3")
+    return dtype, Choice(capability="KV cache", chosen=dtype)
+
+
 def _prefix_cache_choice(config: ServerConfig) -> Choice:
     if config.disable_radix_cache:
         return Choice(capability="prefix cache", chosen="off", refused=(("radix", "--disable-radix-cache"),))
     return Choice(capability="prefix cache", chosen=f"radix, {config.radix_eviction_policy}, per DP rank")
-
-
-def _graph_choice(config: ServerConfig, device: DeviceName) -> Choice:
-    if config.disable_cuda_graph:
-        return Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
-    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
-    return Choice(
-        capability="CUDA graphs",
-        chosen="off",
-        refused=(("on", reason),),
-        downgrade=device == "cuda",
-        accept="--disable-cuda-graph",
-    )
 
 
 def _schedule_overlaps(config: ServerConfig, device: DeviceName) -> bool:

@@ -30,6 +30,7 @@ _SETTINGS = {
     "disaggregation_timeout": ("prefill", "decode"),
     "disaggregation_checksum": ("decode",),
     "num_reserved_decode_tokens": ("decode",),
+    "disaggregation_host_kv_gb": ("decode",),
 }
 
 
@@ -50,29 +51,44 @@ def role_flag_conflicts(config: ServerConfig) -> Iterator[Conflict]:
 
 
 def resolve_backend(config: ServerConfig, device: DeviceName) -> tuple[TransferBackend, tuple[Choice, ...]]:
-    """The transfer backend ("none" without a role), and the rows of the report. Raises ConfigError for one that can't be had."""
-    role, asked = config.disaggregation_mode, config.disaggregation_transfer_backend
+    """The transfer backend ("none" without a role), and the role's rows of the report.
+
+    Raises ConfigError for a backend that can't be had.
+    """
+    role = config.disaggregation_mode
     if role == "null":
         return "none", ()
     what = {"prefill": "prefill: normal mode only, no graphs", "decode": "decode: low-latency mode only, graphs always eligible"}
-    role_choice = Choice(capability="role", chosen=what[role])
+    backend, choice = _backend_choice(config.disaggregation_transfer_backend, device)
+    rows = (Choice(capability="role", chosen=what[role]), choice)
+    return backend, (*rows, _retraction_choice(config.disaggregation_host_kv_gb)) if role == "decode" else rows
+
+
+def _backend_choice(asked: Literal["auto", "tcp", "nixl", "mooncake"], device: DeviceName) -> tuple[TransferBackend, Choice]:
     if asked != "auto":
         reason = missing_reason(asked, device)
         if reason is not None:
             raise ConfigError(f"--disaggregation-transfer-backend {asked}: {reason}")
-        return asked, (role_choice, Choice(capability="KV transfer", chosen=asked))
+        return asked, Choice(capability="KV transfer", chosen=asked)
     if device == "cpu":
         # Not a downgrade: between CPUs the others would copy through sockets or shared memory as well.
         refused = (("nixl", "the device is cpu; ask for it by --disaggregation-transfer-backend nixl"),)
-        return "tcp", (role_choice, Choice(capability="KV transfer", chosen="tcp", refused=refused))
+        return "tcp", Choice(capability="KV transfer", chosen="tcp", refused=refused)
     missing: list[tuple[str, str]] = []
     candidates: tuple[Literal["nixl", "mooncake"], ...] = ("nixl", "mooncake")
     for name in candidates:
         reason = missing_reason(name, device)
         if reason is None:
-            return name, (role_choice, Choice(capability="KV transfer", chosen=name, refused=tuple(missing)))
+            return name, Choice(capability="KV transfer", chosen=name, refused=tuple(missing))
         missing.append((name, reason))
     raise ConfigError("KV on GPUs needs nixl or mooncake to travel: " + "; ".join(f"{name}: {why}" for name, why in missing))
+
+
+def _retraction_choice(host_kv_gb: float) -> Choice:
+    capability, kept = "KV of retracted requests", "kept in host memory"
+    if not host_kv_gb:
+        return Choice(capability=capability, chosen="computed again", refused=((kept, "--disaggregation-host-kv-gb 0"),))
+    return Choice(capability=capability, chosen=f"{kept}, up to {host_kv_gb:g} GB per rank, where that is cheaper")
 
 
 def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None:
@@ -90,6 +106,7 @@ def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None
         bootstrap_address=bootstrap_address(config) if config.disaggregation_mode == "prefill" else "",
         ib_device=config.disaggregation_ib_device or "",
         num_reserved_decode_tokens=config.num_reserved_decode_tokens if config.disaggregation_mode == "decode" else 0,
+        host_kv_gb=config.disaggregation_host_kv_gb if config.disaggregation_mode == "decode" else 0.0,
         timeout_s=float(config.disaggregation_timeout),
         checksum=config.disaggregation_checksum,
     )

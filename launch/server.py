@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
@@ -30,7 +31,9 @@ from moesaic.launch.http.errors import EngineFailedError
 from moesaic.launch.http.serve import bind
 from moesaic.launch.http.serve import serve as serve_http
 from moesaic.launch.layout_rules import layout_conflicts
+from moesaic.launch.memory_plan import memory_rows
 from moesaic.launch.multi_node import GRACE_SECONDS, rank_specs, run_other_node, watched_nodes
+from moesaic.launch.preflight.command import quick_look, refuse_unready
 from moesaic.launch.rendezvous import NodeWatch
 from moesaic.launch.report import report_rows
 from moesaic.launch.startup import Plan, make_plan
@@ -53,6 +56,8 @@ def serve(config: ServerConfig) -> int:
     plan = make_plan(config)
     with contextlib.closing(_bind(config)) as sock:
         show_plan(console, plan)
+        for words in refuse_unready(quick_look(config, plan)):
+            console.print(f"[yellow]warning[/] {escape(words)}", highlight=False)
         if config.nnodes > 1:
             console.print(f"meeting {config.nnodes} nodes at {config.dist_init_addr}", highlight=False)
         with _bootstrap_server(config), plan_endpoints(config) as endpoints, watched_nodes(plan) as watch:
@@ -111,6 +116,7 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         model_type=plan.model.model_type,
         server_args={name: value for name, value in asdict(config).items() if name != "api_key"},
         resolution=tuple(report_rows(plan.resolution.choices)),
+        memory_plan=memory_rows(plan.memory),
         version=version(),
         role=config.disaggregation_mode,
         bootstrap_port=config.disaggregation_bootstrap_port,

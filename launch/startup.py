@@ -10,15 +10,22 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from moesaic.launch.args import resolve_model_path
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
+from moesaic.launch.deepep_rules import deepep_memory
+from moesaic.launch.engine.memory import DeviceMemory, measure_memory
 from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
+from moesaic.launch.gpus import query_gpus
 from moesaic.launch.hardware import detect_hardware
+from moesaic.launch.memory_advice import refuse_memory
+from moesaic.launch.memory_parts import MemoryInputs
+from moesaic.launch.memory_plan import MemoryPlan, memory_choice, plan_memory
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
 from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
@@ -49,6 +56,7 @@ class Plan:
     resolution: Resolution
     experts: ExpertPlan
     overlap: OverlapPlan
+    memory: MemoryPlan
     role: RoleSpec | None
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, object]
@@ -67,11 +75,13 @@ def make_plan(config: ServerConfig) -> Plan:
     except ModelConfigError as error:
         raise ConfigError(f"--model-path {config.model_path}: {error}") from None
     shape = model_shape(model)
-    resolution = resolve(config, shape, detect_hardware(config.device))
+    resolution = resolve(config, shape, detect_hardware(config.device, config.moe_a2a_backend))
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
     overlap = plan_overlap(config, resolution.config, model, resolution.topology)
-    resolution = replace(resolution, choices=(*resolution.choices, experts.choice(), *overlap.choices))
+    memory = _fitting_memory(model, resolution, experts)
+    choices = (*resolution.choices, experts.choice(), *overlap.choices, memory_choice(memory))
+    resolution = replace(resolution, choices=choices)
     generation = _generation_config(Path(config.model_path))
     return Plan(
         config=config,
@@ -80,10 +90,42 @@ def make_plan(config: ServerConfig) -> Plan:
         resolution=resolution,
         experts=experts,
         overlap=overlap,
+        memory=memory,
         role=plan_role(config, resolution.config),
         eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
         default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
     )
+
+
+def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan) -> MemoryPlan:
+    """Raises ConfigError for what can't fit."""
+    location = experts.slots.location
+    num_slots = model.n_routed_experts if location is None else location.num_slots
+    inputs = MemoryInputs(
+        model=model,
+        topology=resolution.topology,
+        config=resolution.config,
+        num_slots=num_slots,
+        experts_move=experts.slots.movable,
+        graph_batch_sizes=resolution.config.cuda_graph_rows,
+        fp8=frozenset({"routed experts"} if resolution.config.fp8_experts else ()),
+        communication=partial(deepep_memory, model, num_slots),
+    )
+    plan = plan_memory(inputs, _memory_of_a_rank(resolution))
+    refuse_memory(inputs, plan)
+    return plan
+
+
+def _memory_of_a_rank(resolution: Resolution) -> DeviceMemory | None:
+    """The GPU with the least, or a rank's share of this node's memory; None where nvidia-smi can't say."""
+    if resolution.config.device == "cpu":
+        return measure_memory("cpu", resolution.topology.ranks_per_node)
+    try:
+        gpus = query_gpus()
+    except OSError:
+        return None
+    least = min(gpus, key=lambda gpu: gpu.free, default=None)
+    return None if least is None else DeviceMemory(total=least.total, free=least.free)
 
 
 def model_shape(model: ModelConfig) -> ModelShape:
@@ -91,12 +133,14 @@ def model_shape(model: ModelConfig) -> ModelShape:
     return ModelShape(
         num_heads=model.num_attention_heads,
         num_experts=model.n_routed_experts,
+        hidden_size=model.hidden_size,
         moe_intermediate_size=model.moe_intermediate_size,
         intermediate_size=model.intermediate_size,
         vocab_size=model.vocab_size,
         context_length=model.max_position_embeddings,
         num_shared_experts=model.n_shared_experts,
         v_head_dim=model.v_head_dim,
+        topk=model.num_experts_per_tok,
         fp8_checkpoint=model.fp8_block is not None,
     )
 
@@ -114,6 +158,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
     return {
         **flags,
         "the device (--device)": plan.resolution.config.device,
+        "what computes the experts (--moe-runner-backend)": ", ".join(plan.resolution.config.moe_runner_backends),
         "the placement of --init-expert-location (sha256)": plan.experts.digest,
         "config.json of --model-path (sha256)": hashlib.sha256(raw).hexdigest()[:16],
         "moesaic version": version(),

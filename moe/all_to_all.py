@@ -20,7 +20,8 @@ from moesaic.kernels.permute import weighted_sum
 from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.config import ExpertPlacement
 from moesaic.moe.counted_exchange import CountedExchange, CountedRows
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, Received, ReceivedHalf
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ArrangedPart, ExpertLayout, arrange, part_of, per_choice, weighted
 from moesaic.moe.token_bytes import empty_token, pack_tokens, unpack_tokens
@@ -77,7 +78,7 @@ class AllToAllDispatcher:
     def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> AllToAllHandle:
         size, num_local = self._placement.ep_size, self._placement.num_local
         owner = topk.ids.div(num_local, rounding_mode="floor")
-        wanted = torch.zeros(hidden.shape[0], size, dtype=torch.bool, device=hidden.device).scatter_(1, owner, True)
+        wanted = hidden.new_zeros(hidden.shape[0], 1 + size, dtype=torch.bool).scatter_(1, owner + 1, True)[:, 1:]
         ranks, tokens = wanted.t().nonzero(as_tuple=True)
         ids = topk.ids[tokens]
         ids = torch.where(owner[tokens] == ranks.unsqueeze(1), ids - ranks.unsqueeze(1) * num_local, -1)
@@ -96,7 +97,8 @@ class AllToAllDispatcher:
             handle.sent, handle.arrived = ([sum(parts) for parts in each] for each in (handle.counted.sent, handle.counted.counts))
         assert handle.received is not None, "dispatch_b comes after dispatch_a"
         hidden, ids, handle.weights = unpack_tokens(handle.received, handle.hidden.dtype, handle.topk.ids.shape[1])
-        layout = ExpertLayout(mode=handle.mode, num_local=self._placement.num_local, alignment=self._alignment)
+        place = self._placement
+        layout = ExpertLayout(mode=handle.mode, num_local=place.num_local, alignment=self._alignment, ep_size=place.ep_size)
         arranged = arrange(hidden, ids, layout)
         handle.layout = arranged
         return Received(rows=arranged.rows, handle=handle)
@@ -190,6 +192,7 @@ class AllToAllDispatcher:
         same_before = torch.tril(owner.unsqueeze(2) == owner.unsqueeze(1), diagonal=-1).sum(2)
         token = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         row = (owner * handle.block_rows + token) * self._choices_per_rank(handle) + same_before
+        row.clamp_(min=0)  # any row for choices of nobody: their weight is 0
         choices = handle.returned.view(-1, handle.hidden.shape[1]).index_select(0, row.flatten())
         outputs = choices.view(*ids.shape, handle.hidden.shape[1])
         return weighted_sum(outputs, handle.topk.weights)

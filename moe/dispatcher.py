@@ -1,7 +1,7 @@
 """The dispatcher protocol: tokens to the ranks that hold their experts, and the weighted results back.
 
 Each direction is two calls, so that overlap can put work between them: `*_a` submits, `*_b` waits. What a dispatch delivers is one
-of two layouts, decided by the step's mode (see `resolve_dispatch_mode`): contiguous rows for `normal`, a fixed masked block for
+of two layouts, decided by the step's mode (see dispatch_mode.py): contiguous rows for `normal`, a fixed masked block for
 `low_latency`. A step's mode is the same on every rank of the group. What was received may go back in halves, the first while the
 experts still compute the second: see `Dispatcher.halve`.
 """
@@ -10,44 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.gate import TopK
-
-
-class DispatchMode(Enum):
-    """normal: many tokens, the CPU waits for counts. low_latency: few tokens, fixed shapes, nothing waits on the CPU."""
-
-    NORMAL = "normal"
-    LOW_LATENCY = "low_latency"
-
-
-ModeFlag = Literal["auto", "normal", "low_latency"]
-
-
-def resolve_dispatch_mode(flag: ModeFlag, *, any_rank_prefills: bool, max_tokens_per_rank: int, cap: int) -> DispatchMode:
-    """The mode of a step, from what every rank knows: the flag and the step headers.
-
-    `auto` is normal when any rank prefills or any rank holds more than `cap` tokens, else low-latency. `max_tokens_per_rank` counts
-    the tokens that a rank dispatches. Raises ValueError when `low_latency` is demanded of a step that exceeds the cap (flags that
-    would allow this are refused at start).
-    """
-    if flag == "normal":
-        return DispatchMode.NORMAL
-    if flag == "low_latency":
-        if max_tokens_per_rank > cap:
-            raise ValueError(
-                f"a rank dispatches {max_tokens_per_rank} tokens in low-latency mode, whose cap is {cap}: lower "
-                "--chunked-prefill-size or --max-running-requests, raise --deepep-max-dispatch-tokens-per-rank, "
-                "or use --deepep-mode auto"
-            )
-        return DispatchMode.LOW_LATENCY
-    if any_rank_prefills or max_tokens_per_rank > cap:
-        return DispatchMode.NORMAL
-    return DispatchMode.LOW_LATENCY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +36,28 @@ class DispatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ContiguousRows:
-    """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert."""
+    """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert.
+
+    scales: None, or `hidden` is e4m3 and these are its, fp32 [sum(counts), H / 128].
+    """
 
     hidden: Tensor
     counts: list[int]
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedRows:
-    """Low-latency layout: hidden [num_local, M, H], of which the first counts[e] rows of expert e are valid (int64, on device)."""
+    """Low-latency layout: hidden [num_local, M, H], of which the first counts[e] rows of expert e are valid (int64, on device).
+
+    scales: None, or `hidden` is e4m3 and these are its, fp32 [num_local, M, H / 128]. expected_rows: per expert, on average (None:
+    nobody knows); kernels may choose their tiles by it.
+    """
 
     hidden: Tensor
     counts: Tensor
+    scales: Tensor | None = None
+    expected_rows: int | None = None
 
 
 ExpertRows = ContiguousRows | MaskedRows

@@ -13,10 +13,18 @@ from moesaic.moe.config import GateConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """ids int64 [T, K]: logical experts as the gate chose them, slots once replicas are chosen; weights fp32 [T, K]."""
+    """ids int64 [T, K]: logical experts as the gate chose them, slots once replicas are chosen; weights fp32 [T, K].
+
+    -1 is nobody; its weight is 0.
+    """
 
     ids: Tensor
     weights: Tensor
+
+    def of_valid(self, valid: Tensor) -> TopK:
+        """The choice with nobody for rows where `valid`, bool [T], is False."""
+        blank = ~valid.unsqueeze(1)
+        return TopK(ids=self.ids.masked_fill(blank, -1), weights=self.weights.masked_fill(blank, 0.0))
 
 
 class Gate:

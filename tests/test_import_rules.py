@@ -100,6 +100,15 @@ def test_the_model_runs_without_the_packages_of_the_server() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_launcher_starts_without_torch() -> None:
+    """Importing it takes a second or two, which every start would wait for; the ranks import it beside each other."""
+    code = BLOCKER.format(blocked={"torch"}, modules=["moesaic.launch.server"])
+
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 0, result.stderr
+
+
 def _modules(folders: tuple[str, ...]) -> Iterator[str]:
     """Every module of the folders, but those of Triton and CuTe kernels, which only a GPU's packages can import."""
     for folder in folders:

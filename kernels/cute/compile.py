@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 # Both are read when cutlass is imported: without the first another chip is compiled for, without the second files lie about.
@@ -16,7 +17,7 @@ os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 KEPT = tempfile.TemporaryDirectory()
 os.environ["CUTE_DSL_DUMP_DIR"] = KEPT.name
 
-from moesaic.kernels.cute.grouped_gemm import compile_masked
+from moesaic.kernels.cute.grouped_gemm import compile_contiguous, compile_masked
 from moesaic.kernels.triton.compile import settle, usage
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -25,9 +26,15 @@ LOCAL_EXPERTS, ROOM, WIDTH, DEPTH = 9, 1024, 4096, 7168
 
 def measure() -> dict[str, dict[str, int]]:
     """Resources by name, at the gate and up product of DeepSeek-V3's routed experts. Registers are those at launch."""
-    found = {}
-    for name, scaled in (("grouped_gemm_masked", False), ("grouped_gemm_fp8_masked", True)):
-        compiled = compile_masked(LOCAL_EXPERTS, ROOM, WIDTH, DEPTH, scaled=scaled, options="--keep-ptx --keep-cubin")
+    found, options = {}, "--keep-ptx --keep-cubin"
+    kernels = {
+        "grouped_gemm_masked": partial(compile_masked, LOCAL_EXPERTS, ROOM, WIDTH, DEPTH, scaled=False, options=options),
+        "grouped_gemm_fp8_masked": partial(compile_masked, LOCAL_EXPERTS, ROOM, WIDTH, DEPTH, scaled=True, options=options),
+        "grouped_gemm_contiguous": partial(compile_contiguous, LOCAL_EXPERTS, WIDTH, DEPTH, scaled=False, options=options),
+        "grouped_gemm_fp8_contiguous": partial(compile_contiguous, LOCAL_EXPERTS, WIDTH, DEPTH, scaled=True, options=options),
+    }
+    for name, compile_one in kernels.items():
+        compiled = compile_one()
         code: str = compiled.__ptx__
         registers, spilled = usage(compiled.__cubin__)
         found[name] = {

@@ -1,10 +1,7 @@
-"""Grouped matrix product with CuTe DSL, bf16 or FP8: TMA loads by one warp, wgmma by two warp groups, persistent over valid tiles.
+"""Grouped matrix product with CuTe DSL, for both layouts: what is refused, what is compiled for which sizes, and the launch.
 
-After NVIDIA's example dense_gemm_persistent.py (CUTLASS, BSD-3-Clause). The walk over the experts' tiles is that of
-kernels/triton/grouped_gemm.py: which expert a tile belongs to follows from the counts, which stay on the device. FP8 products are
-taken up into fp32 sums after every 128 inputs, times their scales, as in DeepGEMM. Compiled for Hopper, not run on hardware.
-
-E experts with room for M rows each, N outputs, K inputs.
+The kernel is in grouped_kernel.py. Compiled for Hopper, not run on hardware. In the masked layout all sizes are constants of the
+code; in the contiguous one the number of rows is told at the launch.
 """
 
 from functools import cache
@@ -12,322 +9,177 @@ from typing import Any
 
 import cutlass
 import torch
-from cutlass import cute, pipeline, utils
+from cutlass import cute
 from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor, make_fake_stream, make_fake_tensor
-from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from moesaic.kernels.checks import INDICES, check_tensor
-from moesaic.kernels.quant import BLOCK, FP8
+from moesaic.kernels.cute.grouped_kernel import ROWS, GroupedGemm
+from moesaic.kernels.quant import BLOCK, FP8, empty_scales
 
-ROWS = 128
-"""Rows of a tile, all of one expert."""
-STORE_COLUMNS, STORE_STAGES, LOAD_STAGES = 32, 4, 4
-WARP_GROUP = 128
-"""Threads of a warp group; there are one that loads and two that multiply."""
-LOAD_REGISTERS, MULTIPLY_REGISTERS = 40, 232
+ALIGNMENT = ROWS
+"""In the contiguous layout each expert's rows begin at a multiple of it."""
 TMA_BYTES = 16
-
-
-class MaskedGroupedGemm:
-    """The kernel and its launch. a [M, K, E], b [N, K, E], out [M, N, E], K (N) fastest; counts int32 [E].
-
-    With `scaled`, a and b are e4m3, and a_scales fp32 [M, K / 128, E], b_scales fp32 [N / 128, K / 128, E] belong to them.
-    """
-
-    def __init__(self, *, num_blocks: int, scaled: bool) -> None:
-        """`num_blocks`: how many blocks run at once, one on each multiprocessor."""
-        self.num_blocks, self.scaled = num_blocks, scaled
-        self.columns, self.depth = (128, 128) if scaled else (256, 64)
-
-    @cute.jit
-    def __call__(self, a: Any, b: Any, out: Any, a_scales: Any, b_scales: Any, counts: Any, stream: Any) -> None:
-        tile = (ROWS, self.columns, self.depth)
-        a_layout, b_layout = utils.LayoutEnum.from_tensor(a), utils.LayoutEnum.from_tensor(b)
-        self.out_layout, self.out_type = utils.LayoutEnum.from_tensor(out), out.element_type
-        tiled_mma = hopper_helpers.make_trivial_tiled_mma(
-            a.element_type,
-            b.element_type,
-            a_layout.sm90_mma_major_mode(),
-            b_layout.sm90_mma_major_mode(),
-            cutlass.Float32,
-            (2, 1, 1),
-            tiler_mn=(64, self.columns),
-        )
-        a_shared = hopper_helpers.make_smem_layout_a(a_layout, tile, a.element_type, LOAD_STAGES)
-        b_shared = hopper_helpers.make_smem_layout_b(b_layout, tile, b.element_type, LOAD_STAGES)
-        store_tile = (ROWS, STORE_COLUMNS)
-        out_shared = hopper_helpers.make_smem_layout_epi(self.out_type, self.out_layout, store_tile, STORE_STAGES)
-        load, store = cute.nvgpu.cpasync.CopyBulkTensorTileG2SOp(), cute.nvgpu.cpasync.CopyBulkTensorTileS2GOp()
-        atom = cute.nvgpu.cpasync.make_tiled_tma_atom
-        a_copy, a_global = atom(load, a, cute.slice_(a_shared, (None, None, 0)), (ROWS, self.depth), num_multicast=1)
-        b_copy, b_global = atom(load, b, cute.slice_(b_shared, (None, None, 0)), (self.columns, self.depth), num_multicast=1)
-        out_copy, out_global = atom(store, out, cute.slice_(out_shared, (None, None, 0)), store_tile)
-        self.step_bytes = cute.size_in_bytes(a.element_type, cute.slice_(a_shared, (None, None, 0)))
-        self.step_bytes += cute.size_in_bytes(b.element_type, cute.slice_(b_shared, (None, None, 0)))
-        a_room = cute.struct.MemRange[a.element_type, cute.cosize(a_shared)]
-        b_room = cute.struct.MemRange[b.element_type, cute.cosize(b_shared)]
-        out_room = cute.struct.MemRange[out.element_type, cute.cosize(out_shared)]
-
-        @cute.struct
-        class Shared:
-            barriers: cute.struct.MemRange[cutlass.Int64, LOAD_STAGES * 2]
-            a_tiles: cute.struct.Align[a_room, 1024]
-            b_tiles: cute.struct.Align[b_room, 1024]
-            out_tiles: cute.struct.Align[out_room, 1024]
-
-        self.shared = Shared
-        copies = (a_copy, a_global, b_copy, b_global, out_copy, out_global)
-        self.kernel(*copies, tiled_mma, a_shared, b_shared, out_shared, a_scales, b_scales, counts).launch(
-            grid=[self.num_blocks, 1, 1], block=[3 * WARP_GROUP, 1, 1], stream=stream, min_blocks_per_mp=1
-        )
-
-    @cute.kernel
-    def kernel(
-        self,
-        a_copy: Any,
-        a_global: Any,
-        b_copy: Any,
-        b_global: Any,
-        out_copy: Any,
-        out_global: Any,
-        tiled_mma: Any,
-        a_shared: Any,
-        b_shared: Any,
-        out_shared: Any,
-        a_scales: Any,
-        b_scales: Any,
-        counts: Any,
-    ) -> None:
-        thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp == 0:
-            for copy in (a_copy, b_copy, out_copy):
-                cute.nvgpu.cpasync.prefetch_descriptor(copy)
-        storage = utils.SmemAllocator().allocate(self.shared)
-        loads = pipeline.PipelineTmaAsync.create(
-            barrier_storage=storage.barriers.data_ptr(),
-            num_stages=LOAD_STAGES,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 8),
-            tx_count=self.step_bytes,
-            cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
-        )
-        a_tiles = storage.a_tiles.get_tensor(a_shared.outer, swizzle=a_shared.inner)
-        b_tiles = storage.b_tiles.get_tensor(b_shared.outer, swizzle=b_shared.inner)
-        out_tiles = storage.out_tiles.get_tensor(out_shared.outer, swizzle=out_shared.inner)
-        a_parts = cute.local_tile(a_global, (ROWS, self.depth), (None, None, None))
-        b_parts = cute.local_tile(b_global, (self.columns, self.depth), (None, None, None))
-        out_parts = cute.local_tile(out_global, (ROWS, self.columns), (None, None, None))
-        one = cute.make_layout(1)
-        partition = cute.nvgpu.cpasync.tma_partition
-        a_to, a_from = partition(a_copy, 0, one, cute.group_modes(a_tiles, 0, 2), cute.group_modes(a_parts, 0, 2))
-        b_to, b_from = partition(b_copy, 0, one, cute.group_modes(b_tiles, 0, 2), cute.group_modes(b_parts, 0, 2))
-
-        group = cute.arch.make_warp_uniform(thread // WARP_GROUP)
-        multiply = tiled_mma.get_slice(cute.make_layout(2, stride=WARP_GROUP)(group - 1))
-        a_fragment = tiled_mma.make_fragment_A(multiply.partition_A(a_tiles))
-        b_fragment = tiled_mma.make_fragment_B(multiply.partition_B(b_tiles))
-        total = cute.make_rmem_tensor(multiply.partition_C(out_parts).shape[:3], cutlass.Float32)
-        product = cute.make_rmem_tensor(total.shape, cutlass.Float32) if self.scaled else total
-        corner = multiply.partition_C(cute.make_identity_tensor((ROWS, self.columns)))[0]
-        num_steps, num_columns = cute.size(a_parts, mode=[3]), cute.size(out_parts, mode=[3])
-        num_experts = cute.size(counts)
-        num_tiles = cutlass.Int32(0)
-        for expert in range(num_experts):
-            num_tiles += (counts[expert] + ROWS - 1) // ROWS * num_columns
-
-        if group == 0:
-            cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
-        if warp == 0:
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, LOAD_STAGES)
-            tile = block
-            while tile < num_tiles:
-                expert, row, column = self.place(tile, counts, num_experts, num_columns)
-                a_steps, b_steps = a_from[(None, row, None, expert)], b_from[(None, column, None, expert)]
-                state.reset_count()
-                for _ in range(num_steps):
-                    loads.producer_acquire(state)
-                    barrier = loads.producer_get_barrier(state)
-                    cute.copy(a_copy, a_steps[(None, state.count)], a_to[(None, state.index)], tma_bar_ptr=barrier)
-                    cute.copy(b_copy, b_steps[(None, state.count)], b_to[(None, state.index)], tma_bar_ptr=barrier)
-                    loads.producer_commit(state)
-                    state.advance()
-                tile += self.num_blocks
-            loads.producer_tail(state)
-
-        if group != 0:
-            cute.arch.setmaxregister_increase(MULTIPLY_REGISTERS)
-            read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, LOAD_STAGES)
-            release = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, LOAD_STAGES)
-            to_shared = hopper_helpers.sm90_get_smem_store_op(self.out_layout, elem_ty_d=self.out_type, elem_ty_acc=cutlass.Float32)
-            matrices = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(self.out_layout.is_m_major_c(), 4), self.out_type)
-            tiled_store = cute.make_tiled_copy_S(to_shared, cute.make_tiled_copy_C_atom(matrices, tiled_mma))
-            own_store = tiled_store.get_slice(thread - WARP_GROUP)
-            store_to = own_store.partition_D(out_tiles)
-            store_from = tiled_store.retile(total)
-            shape = cute.make_layout(cute.shape(own_store.partition_S(out_tiles))[:3]).shape
-            piece, rounded = cute.make_rmem_tensor(shape, cutlass.Float32), cute.make_rmem_tensor(shape, self.out_type)
-            piece_size = cute.size(piece)
-            stores = pipeline.PipelineTmaStore.create(
-                num_stages=STORE_STAGES, producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 2 * WARP_GROUP)
-            )
-            multipliers = pipeline.NamedBarrier(barrier_id=1, num_threads=2 * WARP_GROUP)
-            tile, num_stored = block, cutlass.Int32(0)
-            while tile < num_tiles:
-                expert, row, column = self.place(tile, counts, num_experts, num_columns)
-                read.reset_count()
-                release.reset_count()
-                total.fill(0.0)
-                if cutlass.const_expr(self.scaled):
-                    own_row = row * ROWS + corner[0]
-                    for step in range(num_steps):
-                        upper, lower = self.scales(a_scales, b_scales, own_row, column, step, expert)
-                        loads.consumer_wait(read)
-                        tiled_mma.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
-                        cute.nvgpu.warpgroup.fence()
-                        for k in cutlass.range_constexpr(cute.size(a_fragment, mode=[2])):
-                            at = (None, None, k, read.index)
-                            cute.gemm(tiled_mma, product, a_fragment[at], b_fragment[at], product)
-                            tiled_mma.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
-                        cute.nvgpu.warpgroup.commit_group()
-                        cute.nvgpu.warpgroup.wait_group(0)
-                        loads.consumer_release(read)
-                        read.advance()
-                        for element in cutlass.range_constexpr(cute.size(total)):
-                            total[element] += product[element] * (upper if element // 2 % 2 == 0 else lower)
-                else:
-                    tiled_mma.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
-                    cute.nvgpu.warpgroup.fence()
-                    for step in range(num_steps):
-                        loads.consumer_wait(read)
-                        for k in cutlass.range_constexpr(cute.size(a_fragment, mode=[2])):
-                            at = (None, None, k, read.index)
-                            cute.gemm(tiled_mma, total, a_fragment[at], b_fragment[at], total)
-                        cute.nvgpu.warpgroup.commit_group()
-                        cute.nvgpu.warpgroup.wait_group(1)
-                        if step > 0:
-                            loads.consumer_release(release)
-                            release.advance()
-                        read.advance()
-                    cute.nvgpu.warpgroup.wait_group(0)
-                    loads.consumer_release(release)
-                    release.advance()
-
-                pieces = cute.zipped_divide(out_parts[(None, None, row, column, expert)], (ROWS, STORE_COLUMNS))
-                piece_from, piece_to = partition(out_copy, 0, one, cute.group_modes(out_tiles, 0, 2), pieces)
-                num_pieces = cute.size(pieces, mode=[1])
-                order = cute.make_layout(pieces.shape[1], stride=(pieces.shape[1][1], 1))
-                for index in cutlass.range_constexpr(num_pieces):
-                    for element in cutlass.range_constexpr(piece_size):
-                        piece[element] = store_from[index * piece_size + element]
-                    rounded.store(piece.load().to(self.out_type))
-                    buffer = (num_stored + index) % STORE_STAGES
-                    cute.copy(tiled_store, rounded, store_to[(None, None, None, buffer)])
-                    cute.arch.fence_proxy("async.shared", space="cta")
-                    multipliers.arrive_and_wait()
-                    if warp == WARP_GROUP // 32:
-                        cute.copy(out_copy, piece_from[(None, buffer)], piece_to[(None, order.get_hier_coord(index))])
-                        stores.producer_commit()
-                        stores.producer_acquire()
-                    multipliers.arrive_and_wait()
-                num_stored += num_pieces
-                tile += self.num_blocks
-            stores.producer_tail()
-
-    @cute.jit
-    def place(self, tile: Any, counts: Any, num_experts: Any, num_columns: Any) -> Any:
-        """Expert, row and column of a tile; the rows of an expert run fastest, so that its weight is read once."""
-        expert, first, end, row_tiles = cutlass.Int32(0), cutlass.Int32(0), cutlass.Int32(0), cutlass.Int32(1)
-        for candidate in range(num_experts):
-            own_rows = (counts[candidate] + ROWS - 1) // ROWS
-            if tile >= end and tile < end + own_rows * num_columns:
-                expert, first, row_tiles = cutlass.Int32(candidate), end, own_rows
-            end += own_rows * num_columns
-        return expert, (tile - first) % row_tiles, (tile - first) // row_tiles
-
-    @cute.jit
-    def scales(self, a_scales: Any, b_scales: Any, own_row: Any, column: Any, step: Any, expert: Any) -> Any:
-        """Of the two rows, eight apart, whose products a thread holds; a row past the room has the last one's, and no place."""
-        last = cute.size(a_scales, mode=[0]) - 1
-        of_weight = b_scales[column, step, expert]
-        upper = a_scales[cutlass.min(own_row, last), step, expert]
-        lower = a_scales[cutlass.min(own_row + 8, last), step, expert]
-        return upper * of_weight, lower * of_weight
+HOPPER_PROCESSORS = 132
+K_FASTEST = (1, 0, 2)
 
 
 @cache
 def compile_masked(
-    num_experts: int, room: int, width: int, depth: int, *, scaled: bool, num_blocks: int = 132, options: str = ""
+    num_experts: int, room: int, width: int, depth: int, *, scaled: bool, num_blocks: int = HOPPER_PROCESSORS, options: str = ""
 ) -> Any:
     """The kernel for x [E, room, depth] and weight [E, width, depth], compiled; sizes are constants of the code."""
-    kind, fastest_second = cutlass.Float8E4M3FN if scaled else cutlass.BFloat16, (1, 0, 2)
-    a, b = (
-        make_fake_compact_tensor(kind, (rows, depth, num_experts), stride_order=fastest_second, assumed_align=TMA_BYTES)
-        for rows in (room, width)
-    )
-    shape = (room, width, num_experts)
-    out = make_fake_compact_tensor(cutlass.BFloat16, shape, stride_order=fastest_second, assumed_align=TMA_BYTES)
-    counts = make_fake_compact_tensor(cutlass.Int32, (num_experts,), assumed_align=4)
+    a = _fake(_kind(scaled), (room, depth, num_experts), K_FASTEST)
+    out = _fake(cutlass.BFloat16, (room, width, num_experts), K_FASTEST)
     blocks, padded = depth // BLOCK, -(-room // 4) * 4
-    a_scales = make_fake_tensor(cutlass.Float32, (room, blocks, num_experts), (1, padded, padded * blocks), assumed_align=4)
-    shape = (width // BLOCK, blocks, num_experts)
-    b_scales = make_fake_compact_tensor(cutlass.Float32, shape, stride_order=fastest_second, assumed_align=4)
-    kernel = MaskedGroupedGemm(num_blocks=num_blocks, scaled=scaled)
-    scales = (a_scales, b_scales) if scaled else (None, None)
+    scales = make_fake_tensor(cutlass.Float32, (room, blocks, num_experts), (1, padded, padded * blocks), assumed_align=4)
+    kernel = GroupedGemm(num_blocks=num_blocks, scaled=scaled, contiguous=False)
+    return _compiled(kernel, a, out, scales, (num_experts, width, depth), options)
+
+
+@cache
+def compile_contiguous(
+    num_experts: int, width: int, depth: int, *, scaled: bool, num_blocks: int = HOPPER_PROCESSORS, options: str = ""
+) -> Any:
+    """The kernel for x [any multiple of 128, depth] and weight [E, width, depth], compiled."""
+    rows = cute.sym_int32(divisibility=ROWS)
+    # A dimension of 1 has stride 0: DLPack's tensors come like that.
+    a, out = (
+        make_fake_tensor(kind, (rows, columns, 1), (columns, 1, 0), assumed_align=TMA_BYTES)
+        for kind, columns in ((_kind(scaled), depth), (cutlass.BFloat16, width))
+    )
+    stride = cute.sym_int64(divisibility=ROWS)
+    scales = make_fake_tensor(cutlass.Float32, (rows, depth // BLOCK, 1), (1, stride, 0), assumed_align=4)
+    kernel = GroupedGemm(num_blocks=num_blocks, scaled=scaled, contiguous=True)
+    return _compiled(kernel, a, out, scales, (num_experts, width, depth), options)
+
+
+def _compiled(kernel: GroupedGemm, a: Any, out: Any, a_scales: Any, weight: tuple[int, int, int], options: str) -> Any:
+    num_experts, width, depth = weight
+    b = _fake(_kind(kernel.scaled), (width, depth, num_experts), K_FASTEST)
+    b_scales = _fake(cutlass.Float32, (width // BLOCK, depth // BLOCK, num_experts), K_FASTEST, alignment=4)
+    counts = make_fake_compact_tensor(cutlass.Int32, (num_experts,), assumed_align=4)
+    scales = (a_scales, b_scales) if kernel.scaled else (None, None)
     return cute.compile(kernel, a, b, out, *scales, counts, make_fake_stream(), **({"options": options} if options else {}))
 
 
-def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _kind(scaled: bool) -> Any:
+    return cutlass.Float8E4M3FN if scaled else cutlass.BFloat16
+
+
+def _fake(kind: Any, shape: tuple[Any, ...], stride_order: tuple[int, ...], alignment: int = TMA_BYTES) -> Any:
+    return make_fake_compact_tensor(kind, shape, stride_order=stride_order, assumed_align=alignment)
+
+
+def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """As `kernels.grouped_gemm.grouped_gemm_contiguous`, for bf16 on a CUDA device, counts multiples of 128. Raises ValueError."""
+    function = "grouped_gemm_contiguous (cutlass)"
+    check_tensor(function, "x", x, shape=(None, None), dtypes=(torch.bfloat16,), contiguous=True)
+    return _run(function, x, weight, _aligned(function, counts, x), scales=(None, None))
+
+
+def grouped_gemm_masked(x: Tensor, weight: Tensor, counts: Tensor, *, expected_rows: int | None = None) -> Tensor:
     """As `kernels.grouped_gemm.grouped_gemm_masked`, for bf16 on a CUDA device. Raises ValueError."""
-    check_tensor("grouped_gemm_masked", "x", x, shape=(None, None, None), dtypes=(torch.bfloat16,), contiguous=True)
-    return _run("grouped_gemm_masked", x, weight, counts, scales=(None, None))
+    function = "grouped_gemm_masked (cutlass)"
+    check_tensor(function, "x", x, shape=(None, None, None), dtypes=(torch.bfloat16,), contiguous=True)
+    return _run(function, x, weight, counts, scales=(None, None))
 
 
-def grouped_gemm_fp8_masked(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, counts: Tensor) -> Tensor:
-    """As `kernels.grouped_gemm.grouped_gemm_fp8_masked`, on a CUDA device: x_scales MN-major, K and N multiples of 128.
+def grouped_gemm_fp8_contiguous(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    counts: list[int],
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """As `kernels.grouped_gemm.grouped_gemm_fp8_contiguous`, on a CUDA device: counts, K and N multiples of 128, bf16 only.
 
     Raises ValueError.
     """
-    function = "grouped_gemm_fp8_masked"
-    check_tensor(function, "x", x, shape=(None, None, None), dtypes=(FP8,), contiguous=True)
-    num_experts, room, depth = x.shape
-    padded = -(-room // 4) * 4
-    if depth % BLOCK or weight.shape[1] % BLOCK:
-        raise ValueError(f"{function}: K is {depth}, N {weight.shape[1]}, wanted multiples of {BLOCK}")
-    wanted = (num_experts, room, depth // BLOCK), (depth // BLOCK * padded, 1, padded)
-    if (tuple(x_scales.shape), x_scales.stride(), x_scales.dtype) != (*wanted, torch.float32):
-        got = f"{x_scales.dtype} {list(x_scales.shape)} with strides {list(x_scales.stride())}"
-        raise ValueError(f"{function}: x_scales is {got}, wanted torch.float32 {list(wanted[0])} with strides {list(wanted[1])}")
-    shape = (num_experts, weight.shape[1] // BLOCK, depth // BLOCK)
+    function = "grouped_gemm_fp8_contiguous (cutlass)"
+    scales = _checked_scales(function, x, x_scales, weight, weight_scales, out_dtype)
+    return _run(function, x, weight, _aligned(function, counts, x), scales=scales)
+
+
+def grouped_gemm_fp8_masked(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    counts: Tensor,
+    *,
+    expected_rows: int | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """As `kernels.grouped_gemm.grouped_gemm_fp8_masked`, on a CUDA device: K and N multiples of 128, bf16 only.
+
+    `expected_rows` change nothing. Raises ValueError.
+    """
+    function = "grouped_gemm_fp8_masked (cutlass)"
+    return _run(function, x, weight, counts, scales=_checked_scales(function, x, x_scales, weight, weight_scales, out_dtype))
+
+
+def _aligned(function: str, counts: list[int], x: Tensor) -> Tensor:
+    if any(count % ALIGNMENT for count in counts):
+        raise ValueError(f"{function}: counts are {counts}, wanted multiples of {ALIGNMENT}: pad each expert's rows")
+    return torch.tensor(counts, dtype=torch.int32, device=x.device)
+
+
+def _checked_scales(
+    function: str, x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both scales as the kernel wants them: those of the rows with rows running fastest. Raises ValueError."""
+    if x.dtype is not FP8 or x.shape[-1] % BLOCK or weight.shape[1] % BLOCK or out_dtype is not torch.bfloat16:
+        got = f"x is {x.dtype}, K {x.shape[-1]}, N {weight.shape[1]}, out_dtype {out_dtype}"
+        raise ValueError(f"{function}: {got}, wanted {FP8}, multiples of {BLOCK} and torch.bfloat16")
+    wanted = empty_scales(x, mn_major=True)
+    if tuple(x_scales.shape) != tuple(wanted.shape) or x_scales.dtype is not torch.float32:
+        got = f"{x_scales.dtype} {list(x_scales.shape)}"
+        raise ValueError(f"{function}: x_scales is {got}, wanted torch.float32 {list(wanted.shape)}")
+    shape = (weight.shape[0], weight.shape[1] // BLOCK, weight.shape[2] // BLOCK)
     check_tensor(function, "weight_scales", weight_scales, shape=shape, dtypes=(torch.float32,), like=x, contiguous=True)
-    return _run(function, x, weight, counts, scales=(x_scales, weight_scales))
+    return x_scales if x_scales.stride() == wanted.stride() else wanted.copy_(x_scales), weight_scales
 
 
 def _run(function: str, x: Tensor, weight: Tensor, counts: Tensor, *, scales: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    num_experts, room, depth = x.shape
+    masked, depth = x.dim() == 3, x.shape[-1]
+    num_experts = x.shape[0] if masked else counts.shape[0]
     check_tensor(function, "weight", weight, shape=(num_experts, None, depth), dtypes=(x.dtype,), like=x, contiguous=True)
     check_tensor(function, "counts", counts, shape=(num_experts,), dtypes=INDICES, like=x)
-    width = weight.shape[1]
+    width, scaled = weight.shape[1], scales[0] is not None
     if not x.is_cuda or depth * x.element_size() % TMA_BYTES or width * 2 % TMA_BYTES:
         raise ValueError(f"{function}: x {list(x.shape)} on {x.device}, N {width}; wanted CUDA, rows of whole {TMA_BYTES} bytes")
-    out = x.new_empty(num_experts, room, width, dtype=torch.bfloat16)
-    if out.numel():
-        blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
-        compiled = compile_masked(num_experts, room, width, depth, scaled=scales[0] is not None, num_blocks=blocks)
-        tensors = [_as_cute(one, TMA_BYTES) for one in (x, weight, out)]
-        factors = [None if one is None else _as_cute(one, 4) for one in scales]
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        compiled(*tensors, *factors, from_dlpack(counts.int(), assumed_align=4), stream)
+    out = x.new_empty(*x.shape[:-1], width, dtype=torch.bfloat16)
+    if not out.numel():
+        return out
+    blocks = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if masked:
+        compiled = compile_masked(num_experts, x.shape[1], width, depth, scaled=scaled, num_blocks=blocks)
+    else:
+        compiled = compile_contiguous(num_experts, width, depth, scaled=scaled, num_blocks=blocks)
+    a, b, to = as_cute(x), as_cute(weight), as_cute(out)
+    factors = [None if one is None else as_cute(one, alignment=4, rows_fastest=one is scales[0]) for one in scales]
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    compiled(a, b, to, *factors, from_dlpack(counts.int(), assumed_align=4), stream)
     return out
 
 
-def _as_cute(tensor: Tensor, alignment: int) -> Any:
-    """Experts last, as the kernel has them. FP8 goes as bytes: not every DLPack knows it."""
-    turned = tensor.permute(1, 2, 0)
-    if tensor.dtype is not FP8:
-        return from_dlpack(turned, assumed_align=alignment)
-    seen = from_dlpack(turned.view(torch.uint8), assumed_align=alignment)
-    seen.element_type = cutlass.Float8E4M3FN
+def as_cute(tensor: Tensor, *, alignment: int = TMA_BYTES, rows_fastest: bool = False) -> Any:
+    """As the compiled kernel takes it: experts last, 1 of them and any number of rows where `tensor` has none.
+
+    FP8 goes as bytes: not every DLPack knows it.
+    """
+    plain = tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
+    if plain.dim() == 3:
+        seen = from_dlpack(plain.permute(1, 2, 0), assumed_align=alignment)
+    else:
+        rows, columns = plain.shape
+        strides = (1, rows, rows) if rows_fastest else (columns, 1, columns)
+        seen = from_dlpack(plain.as_strided((rows, columns, 1), strides), assumed_align=alignment)
+        # stride_order here is torch's dim_order: outermost first.
+        seen.mark_compact_shape_dynamic(mode=0, stride_order=(1, 2, 0) if rows_fastest else (0, 2, 1), divisibility=ROWS)
+    if tensor.dtype is FP8:
+        seen.element_type = cutlass.Float8E4M3FN
     return seen

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Literal
 
 from moesaic.launch.conflicts import Conflict
-from moesaic.moe.dispatcher import DispatchMode, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatch_mode import DispatchMode, ModeFlag, resolve_dispatch_mode
 
 Role = Literal["null", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("null", "prefill", "decode")

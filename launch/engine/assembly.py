@@ -19,6 +19,7 @@ from moesaic.launch.engine.profiling import Profiling
 from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording, RecordingSettings
 from moesaic.launch.engine.results import Results
+from moesaic.launch.engine.retraction import HostKeeper, RetractionCosts
 from moesaic.launch.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.launch.engine.step import HeaderExchange, StepRules
 from moesaic.launch.engine.step_job import StepRunner
@@ -27,13 +28,17 @@ from moesaic.launch.models.parallel import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """`rebalance` None: experts stay where they were loaded. overlap_schedule: schedule a step while the one before it runs."""
+    """`rebalance` None: experts stay where they were loaded. overlap_schedule: schedule a step while the one before it runs.
+
+    retraction: what decides whether KV is kept in the runner's host memory; None: it never is.
+    """
 
     scheduler: SchedulerConfig
     rules: StepRules
     recording: RecordingSettings
     rebalance: RebalanceSettings | None = None
     overlap_schedule: bool = True
+    retraction: RetractionCosts | None = None
 
 
 def assemble_engine(
@@ -41,7 +46,10 @@ def assemble_engine(
 ) -> RankEngine:
     """`runner` has its KV pool. `groups`: None for a rank alone."""
     parallel, groups = runner.parallel, groups or EngineGroups()
-    scheduler = Scheduler(settings.scheduler)
+    keeper = None
+    if settings.retraction is not None and runner.host_kv is not None:
+        keeper = HostKeeper(runner.host_kv, settings.retraction, settings.scheduler.page_size)
+    scheduler = Scheduler(settings.scheduler, keeper)
     recording = LoadRecording(settings.recording, runner.model_config, parallel, device=runner.config.device)
     rebalancing = None
     if settings.rebalance is not None:
@@ -52,6 +60,7 @@ def assemble_engine(
         runner=runner,
         recording=recording,
         rebalancing=rebalancing,
+        keeper=keeper,
         rules=settings.rules,
         activity=activity,
         parallel=parallel,
@@ -71,6 +80,7 @@ def assemble_parts(
     parallel: ParallelContext,
     groups: EngineGroups,
     overlap_schedule: bool,
+    keeper: HostKeeper | None = None,
 ) -> RankEngine:
     """From parts that exist; benchmarks put others in their place."""
     world_size, size = parallel.world_size, parallel.attn_tp_size
@@ -103,4 +113,5 @@ def assemble_parts(
         profiling=profiling,
         rebalancing=rebalancing,
         overlap_schedule=overlap_schedule,
+        keeper=keeper,
     )

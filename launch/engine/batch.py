@@ -26,8 +26,11 @@ class Batch:
     num_sampled: int
 
 
-def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.device) -> Batch:
-    """Rows, positions and KV slots of a plan that is not launched yet. Works on arrays; only chunks are visited one by one."""
+def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.device, *, one_bucket: bool = False) -> Batch:
+    """Rows, positions and KV slots of a plan that is not launched yet. Works on arrays; only chunks are visited one by one.
+
+    one_bucket: the decode rows are to stay together, in their order.
+    """
     slots = plan.decode_slots
     seq_lens = table.num_tokens[slots]
     decode_positions = seq_lens - 1
@@ -65,7 +68,7 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
             positions=_tensor(positions, device),
             slots=_tensor(kv_slots, device),
             num_decode=len(slots),
-            buckets=decode_buckets(table.pages[slots], seq_lens, page_size, device),
+            buckets=decode_buckets(table.pages[slots], seq_lens, page_size, device, one=one_bucket),
             extends=tuple(extends),
         ),
         logit_rows=_tensor([sampled_rows, *prompt_rows], device),

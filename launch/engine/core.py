@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.controls import Controls
@@ -37,6 +37,7 @@ from moesaic.launch.engine.profiling import Profiling
 from moesaic.launch.engine.rebalancing import Rebalancing
 from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.results import Results
+from moesaic.launch.engine.retraction import HostKeeper
 from moesaic.launch.engine.rooms import Rooms
 from moesaic.launch.engine.sampling_rows import sampling_rows
 from moesaic.launch.engine.scheduler import Scheduler
@@ -79,11 +80,13 @@ class RankEngine:
         profiling: Profiling,
         rebalancing: Rebalancing | None = None,
         overlap_schedule: bool = True,
+        keeper: HostKeeper | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.results = results
         self.activity = activity
+        self._keeper = keeper
         self._rooms: Rooms | None = None
         self._rules = rules
         self._exchange = exchange
@@ -121,7 +124,8 @@ class RankEngine:
     def _abort(self, message: AbortRequest) -> None:
         found = self._rooms is not None and self._rooms.abort(message.rid)
         if not found:
-            found = self.scheduler.remove(message.rid) is not None
+            end = self.scheduler.finish if message.finish else self.scheduler.remove
+            found = end(message.rid) is not None
         if found and not message.finish:
             self.results.abort(message.rid)
 
@@ -180,6 +184,7 @@ class RankEngine:
             cache_hit_rate=scheduler.cache.counters.hit_rate,
             num_retracted_reqs=scheduler.num_retracted,
             rooms=None if rooms is None else rooms.load(),
+            retraction=None if self._keeper is None else self._keeper.load,
         )
 
     def close(self) -> None:
@@ -230,7 +235,7 @@ class RankEngine:
     def _job(self, plan: Plan, step: Step) -> tuple[Launch, StepJob]:
         """Launch the plan in the scheduler, and say what the worker has to do for it."""
         table, device = self.scheduler.table, self._device
-        batch = build_batch(plan, table, self.runner.config.page_size, device)
+        batch = build_batch(plan, table, self.runner.config.page_size, device, one_bucket=step.graph is not None)
         inputs = ForwardInput(
             input_ids=batch.input_ids,
             metadata=batch.metadata,
@@ -248,6 +253,7 @@ class RankEngine:
             num_tokens=sum(step.num_tokens),
             inputs=inputs,
             split=self._split(inputs, step),
+            graph=step.graph,
             decode_slots=torch.from_numpy(plan.decode_slots).to(device),
             sampled_slots=torch.from_numpy(launch.slots).to(device),
             known_slots=torch.from_numpy(known_slots).to(device),
@@ -256,6 +262,7 @@ class RankEngine:
             sampled_logprobs=wanted_of_sampled(launch.slots, table),
             prompt_logprobs=prompt_logprobs,
             spoiled_pages=self._pipeline.take_spoiled_pages(device),
+            restoration=self.scheduler.take_restoration(),
             observer=self._observer(mode),
             recording=self._recording,
             timeline=self._profiling.launch_step(),

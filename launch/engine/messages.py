@@ -172,8 +172,25 @@ class RoomLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     handover_ms: float = 0.0
 
 
+class RetractionLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What has become of the KV of a DP rank's retracted requests, since the start; every rank of the group has the same.
+
+    offloaded: copied to host memory; restored: copied back (what the prefix cache still had is not). host_full: requests to be
+    computed again as host memory had no room; recompute_cheaper: as that takes less time. Of max_host_tokens, num_host_tokens are
+    held now.
+    """
+
+    num_offloaded_reqs: int
+    num_offloaded_tokens: int
+    num_restored_tokens: int
+    num_host_full_reqs: int
+    num_recompute_cheaper_reqs: int
+    num_host_tokens: int
+    max_host_tokens: int
+
+
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of one DP rank's scheduler after a step. `rooms`: on instances with a role."""
+    """The state of one DP rank's scheduler after a step. `rooms`: on instances with a role. `retraction`: where KV is kept."""
 
     dp_rank: int
     num_running_reqs: int
@@ -185,6 +202,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     cache_hit_rate: float
     num_retracted_reqs: int
     rooms: RoomLoad | None = None
+    retraction: RetractionLoad | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs", omit_defaults=True):

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from moesaic.attention.backend import make_backend
+from moesaic.attention.host_pool import HostKVPool
 from moesaic.attention.kv_pool import LatentKVPool
+from moesaic.attention.page_allocator import PageArray
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import Name
+from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
+from moesaic.launch.engine.graphs import GraphBackend, GraphedForwards
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
@@ -24,26 +29,34 @@ from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
 from moesaic.moe.communication import CommunicationWatcher
+from moesaic.moe.deepep_config import DeepEPSettings
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.experts import ExpertWeights
+from moesaic.moe.symm_windows import MakeWindows, symmetric_windows
 from moesaic.overlap.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". `single_batch_overlap`: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". kv_dtype None: `dtype`. Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     device: str = "cpu"
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
 
 
 class ModelRunner:
@@ -74,16 +87,22 @@ class ModelRunner:
             dtype=config.dtype,
             device=config.device,
             max_positions=config.context_length,
-            expert_runner=config.expert_runner,
+            expert_backends=config.expert_backends,
+            fp8_experts=config.fp8_experts,
+            max_dispatch_tokens=config.max_dispatch_tokens,
+            make_windows=config.make_windows,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,
             single_batch_overlap=config.single_batch_overlap,
+            deepep=config.deepep,
         )
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
+        self.host_kv: HostKVPool | None = None
         self._timeline: Timeline | None = None
+        self._graphs: GraphedForwards | None = None
 
     @staticmethod
     def count_tensors(config: ModelConfig, parallel: ParallelContext, slots: SlotOptions) -> int:
@@ -99,18 +118,20 @@ class ModelRunner:
     def kv_bytes_per_token(self) -> int:
         """Exactly (kv_lora_rank + rope) elements per layer."""
         model = self.model_config
-        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.dtype)
+        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.kv_dtype or self.config.dtype)
 
-    def allocate_kv(self, num_pages: int) -> None:
-        """Make the KV pool."""
+    def allocate_kv(self, num_pages: int, num_host_pages: int = 0) -> None:
+        """Make the KV pool, and where wanted `host_kv`, pages in host memory for KV that has to make room."""
         self._pool = LatentKVPool(
             num_layers=self.model_config.num_hidden_layers,
             num_pages=num_pages,
             page_size=self.config.page_size,
             latent_dim=self.model_config.latent_dim,
-            dtype=self.config.dtype,
+            dtype=self.config.kv_dtype or self.config.dtype,
             device=torch.device(self.config.device),
         )
+        if num_host_pages:
+            self.host_kv = HostKVPool(self._pool, num_host_pages)
 
     def kv_pages(self) -> list[Tensor]:
         """Each layer's KV as [num_pages, elements of a page], for those who move pages."""
@@ -121,6 +142,11 @@ class ModelRunner:
         """Zero the KV of these pages, int64 [P]."""
         assert self._pool is not None, "allocate_kv comes first"
         self._pool.clear(pages)
+
+    def restore_pages(self, host_pages: PageArray, pages: PageArray) -> None:
+        """Copy these pages of `host_kv`, int32 [P], into these, int32 [P]."""
+        assert self.host_kv is not None, "there are no pages in host memory"
+        self.host_kv.load(host_pages, pages)
 
     @property
     def experts(self) -> list[ExpertWeights]:
@@ -153,11 +179,41 @@ class ModelRunner:
         """
         self._model.communications.transport = watcher
 
-    def forward(self, inputs: ForwardInput, observer: LoadObserver | None = None, split: ForwardSplit | None = None) -> Tensor:
+    def capture_graphs(self, plan: GraphPlan, backend: GraphBackend, on_graph: Callable[[int, int], None]) -> None:
+        """Capture the decode forwards of the plan; `on_graph`: with graphs captured and graphs in all. Collective."""
+        assert self._pool is not None, "allocate_kv comes first"
+        device = torch.device(self.config.device)
+        self._enter(DispatchMode.LOW_LATENCY)
+        graphs = GraphedForwards(plan, backend, model=self._model, pool=self._pool, parallel=self.parallel, device=device)
+        graphs.capture(lambda done: on_graph(done, graphs.num_graphs))
+        self._graphs = graphs
+
+    def forward(
+        self,
+        inputs: ForwardInput,
+        observer: LoadObserver | None = None,
+        split: ForwardSplit | None = None,
+        graph: GraphStep | None = None,
+    ) -> Tensor:
         """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all.
 
-        `split`: run as these two micro-batches; on all ranks or on none. Raises OperationError: with `fatal` False only after all
+        `split`: run as these two micro-batches; `graph`: replay it instead, the logits of whose blank rows come after those of the
+        N; on all ranks or on none. Raises OperationError: with `fatal` False only after all
         collectives of the forward have been completed, so that the next forward may be run; the KV that this one wrote is void.
         """
         assert self._pool is not None, "allocate_kv comes first"
-        return self._model.forward(inputs, self._pool, observer, split, self._timeline)
+        if graph is not None:
+            assert self._graphs is not None, "no graphs were captured"
+            self._enter(DispatchMode.LOW_LATENCY)
+            logits = self._graphs.run(inputs, graph, observer, self._timeline)
+        else:
+            self._enter(inputs.plan.mode)
+            logits = self._model.forward(inputs, self._pool, observer, split, self._timeline)
+        if self._model.exchange is not None:
+            self._model.exchange.verify()
+        return logits
+
+    def _enter(self, mode: DispatchMode) -> None:
+        """Before a forward, and outside of what is captured."""
+        if self._model.exchange is not None:
+            self._model.exchange.enter(mode)

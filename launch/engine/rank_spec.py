@@ -35,7 +35,8 @@ class ThresholdSource:
 class RoleSpec:
     """What a rank of a prefill or decode instance is told. `instance`: unique per start of a server. `host`: where others reach
     this machine. `bootstrap_address`: host:port of the prefill instance's own bootstrap server, "" on decode. `timeout_s`: the
-    longest that a room may wait for the other side. `checksum`: decode checks every page that it has fetched.
+    longest that a room may wait for the other side. `checksum`: decode checks every page that it has fetched. `host_kv_gb`: host
+    memory for the KV of retracted requests, 0 for none.
     """
 
     role: Literal["prefill", "decode"]
@@ -46,6 +47,7 @@ class RoleSpec:
     bootstrap_address: str = ""
     ib_device: str = ""
     num_reserved_decode_tokens: int = 0
+    host_kv_gb: float = 0.0
     timeout_s: float = 120.0
     checksum: bool = False
 

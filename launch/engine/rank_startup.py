@@ -13,13 +13,16 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from moesaic.eplb.replica_choice import RandomChoice
 from moesaic.kernels.native.build import why_missing
 from moesaic.kernels.native.library import status
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings, assemble_engine
 from moesaic.launch.engine.calibration import Calibration, settle_profile
 from moesaic.launch.engine.core import RankEngine
-from moesaic.launch.engine.memory import plan_num_pages
+from moesaic.launch.engine.cuda_graphs import CudaGraphs
+from moesaic.launch.engine.graph_plan import GraphPlan, table_widths
+from moesaic.launch.engine.memory import kv_budget_bytes, measure_memory, plan_num_host_pages, plan_num_pages
 from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import (
@@ -31,6 +34,8 @@ from moesaic.launch.engine.process_groups import (
 )
 from moesaic.launch.engine.rank_spec import RankSpec
 from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.retraction import RetractionCosts
+from moesaic.launch.engine.retraction_costs import measure_costs
 from moesaic.launch.engine.rooms import Rooms
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import StepRules
@@ -95,11 +100,15 @@ class RankStartup:
         parallel, groups = self._join()
         runner = self._load(parallel, phases)
         phases.enter("allocate KV")
-        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, spec.topology.ranks_per_node), parallel)
-        runner.allocate_kv(num_pages)
+        budget = kv_budget_bytes(config, measure_memory(self._device(), spec.topology.ranks_per_node))
+        num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, budget), parallel)
+        host_kv_gb = 0.0 if spec.role is None else spec.role.host_kv_gb
+        runner.allocate_kv(num_pages, plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages))
         sizes = self._scheduler_sizes(num_pages)
         rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
-        engine = assemble_engine(self._settings(sizes, rules), runner, self._activity, groups)
+        costs = self._retraction_costs(rules, runner, sizes, phases)
+        rules = self._captured(rules, runner, phases)
+        engine = assemble_engine(self._settings(sizes, rules, costs), runner, self._activity, groups)
         if self._attach is not None and spec.role is not None:
             phases.enter("get ready for transfers")
             engine.attach(self._attach(spec, engine))
@@ -116,7 +125,7 @@ class RankStartup:
         )
         return engine
 
-    def _settings(self, sizes: SchedulerConfig, rules: StepRules) -> EngineSettings:
+    def _settings(self, sizes: SchedulerConfig, rules: StepRules, costs: RetractionCosts | None) -> EngineSettings:
         config = self._spec.config
         return EngineSettings(
             scheduler=sizes,
@@ -124,6 +133,7 @@ class RankStartup:
             recording=RecordingSettings(mode=config.recorder_mode, buffer_size=config.recorder_buffer_size),
             rebalance=self._spec.rebalance,
             overlap_schedule=config.overlap_schedule,
+            retraction=costs,
         )
 
     def _join(self) -> tuple[ParallelContext, EngineGroups]:
@@ -163,14 +173,18 @@ class RankStartup:
                 model_path=config.model_path,
                 load_format=config.load_format,
                 dtype=getattr(torch, config.dtype),
+                kv_dtype=getattr(torch, config.kv_dtype),
                 device=self._device(),
                 context_length=config.context_length,
                 page_size=config.page_size,
                 attention_backend=config.attention_backend,
-                expert_runner=config.moe_runner_backend,
+                expert_backends=config.moe_runner_backends,
+                fp8_experts=config.fp8_experts,
+                max_dispatch_tokens=config.max_dispatch_tokens_per_rank,
                 fp8_activations=config.quantization == "fp8",
                 slots=self._spec.slots,
                 single_batch_overlap=config.single_batch_overlap,
+                deepep=config.deepep,
             ),
             model_config,
             parallel,
@@ -225,3 +239,35 @@ class RankStartup:
         phases.enter("calibrate overlap")
         split_from, profile = settle_profile(source, Calibration(runner, rules, sizes), phases.report)
         return replace(rules, split_from=split_from), profile
+
+    def _captured(self, rules: StepRules, runner: ModelRunner, phases: PhaseTimer) -> StepRules:
+        """The rules with the sizes of the decode steps that replay graphs."""
+        config = self._spec.config
+        if not config.cuda_graph_rows:
+            return rules
+        phases.enter("capture CUDA graphs")
+        plan = GraphPlan(
+            rows=config.cuda_graph_rows,
+            widths=table_widths(config.context_length, config.page_size),
+            split_from=rules.split_from.decode,
+        )
+        generators = [runner.replicas.generator] if isinstance(runner.replicas, RandomChoice) else []
+        runner.capture_graphs(plan, CudaGraphs(generators), phases.report)
+        return replace(rules, graph_rows=plan.rows)
+
+    def _retraction_costs(
+        self, rules: StepRules, runner: ModelRunner, sizes: SchedulerConfig, phases: PhaseTimer
+    ) -> RetractionCosts | None:
+        """None where there is no host memory for the KV of retracted sequences."""
+        if runner.host_kv is None:
+            return None
+        phases.enter("measure retraction")
+        costs = measure_costs(runner, runner.host_kv, rules, sizes)
+        if runner.parallel.rank == 0:
+            logger.info(
+                "a retracted request's KV: %.1f us per page of %d tokens to host memory and back, %.1f us to compute it again",
+                costs.copy_s_per_page * 1e6,
+                sizes.page_size,
+                costs.recompute_s_per_token * sizes.page_size * 1e6,
+            )
+        return costs

@@ -8,7 +8,8 @@ import numpy as np
 import torch.distributed as dist
 
 from moesaic.eplb.algorithm import place_experts
-from moesaic.eplb.load_counter import FORWARD_MODES, ForwardMode, LoadCounter
+from moesaic.eplb.forward_mode import FORWARD_MODES, ForwardMode
+from moesaic.eplb.load_counter import LoadCounter
 from moesaic.eplb.location import ExpertLocation, Int64Array
 from moesaic.eplb.manager import RebalanceManager
 from moesaic.eplb.mover import WeightMover
@@ -38,7 +39,7 @@ class Rebalancing:
         self._replicas = runner.replicas
         wire, quarantine = ProcessGroupWire(group), Quarantine()
         mover = WeightMover(
-            layers=[(experts.gate_up, experts.down) for experts in runner.experts],
+            layers=[experts.tensors for experts in runner.experts],
             wire=wire,
             quarantine=quarantine,
             clock=time.monotonic,

@@ -149,7 +149,7 @@ class Results:
             )
         )
         if finish is not None:
-            self._scheduler.remove(sequence.rid)
+            self._scheduler.finish(sequence.rid)
 
 
 def _collect_first(chunk: Chunk) -> None:

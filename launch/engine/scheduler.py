@@ -9,10 +9,11 @@ sampled row gives a token), `settle_*` bring the values in. A sequence whose lau
 again.
 
 Memory: a prompt's pages are allocated when it is admitted, decode pages one by one. Admission leaves room for the growth of running
-sequences (`growth.py`); when the estimate was too low, the sequence that would go last is retracted (its pages stay cached, it
-waits again, nothing is lost). A sequence whose prompt another instance computes is *placed* first (slot and pages, but it is in no
-step) and decodes from `start_decoding` on. Pages enter the prefix cache when the results of their forward are in. A page that is
-freed while a launched forward still uses it may be given away at once: forwards run in the order of their launch.
+sequences (`growth.py`); when the estimate was too low, the sequence that would go last is retracted: its pages stay cached, it
+waits again, nothing is lost. A keeper may keep its KV (`retraction.py`); then it decodes as soon as it has pages again. A sequence
+whose prompt another instance computes is *placed* first (slot and pages, but in no step) and decodes from `start_decoding` on.
+Pages enter the prefix cache when the results of their forward are in. A page that is freed while a launched forward still uses it
+may be given away at once: forwards run in the order of their launch.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from moesaic.attention.prefix_cache import PrefixCache
 from moesaic.launch.engine.growth import Growth
 from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.plan import Chunk, Launch, Plan
+from moesaic.launch.engine.retraction import KVKeeper, Restoration
 from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
-
-LPM_WINDOW = 64
-"""How many waiting sequences the longest-prefix-match policy looks at; matching costs time."""
+from moesaic.launch.engine.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +52,18 @@ class SchedulerConfig:
 class Scheduler:
     """Queues and memory of one DP rank. Per step: `schedule`, `launch`, and once the forward's results are in, `settle_*`."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, keeper: KVKeeper | None = None) -> None:
+        """`keeper`: None where what is retracted is always computed again."""
         self.config = config
+        self._keeper = keeper
         self.cache = PrefixCache(PageAllocator(config.num_pages), config.page_size, config.prefix_cache)
         self.table = SequenceTable(config.max_running, -(-config.context_length // config.page_size), config.context_length)
         self.num_retracted = 0
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingQueue(config.policy, self.cache)
         self._decoding: Int64Array = np.empty(0, dtype=np.int64)
         self._placed: Int64Array = np.empty(0, dtype=np.int64)
         self._known_tokens: dict[int, int] = {}
+        self._restorations: list[Restoration] = []
         self._partial: Sequence | None = None
         self._by_rid: dict[int, Sequence] = {}
         self._arrivals = 0
@@ -79,7 +82,7 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(sequence.num_tokens for sequence in self._waiting)
+        return self._waiting.num_tokens
 
     @property
     def num_used_tokens(self) -> int:
@@ -110,8 +113,7 @@ class Scheduler:
     def add(self, request: GenerateRequest) -> Sequence:
         """Queue a request. Raises ValueError as `check` does."""
         sequence = self._take_in(request)
-        self._waiting.append(sequence)
-        self._waiting.sort(key=lambda waiting: waiting.precedence)
+        self._waiting.add(sequence)
         self._blocked = False
         return sequence
 
@@ -128,6 +130,13 @@ class Scheduler:
         if sequence is not None and sequence.slot >= 0:
             self._share_pages(sequence)
             self._release(sequence)
+        return sequence
+
+    def finish(self, rid: int) -> Sequence | None:
+        """`remove` for a request that ends by itself: its length says how long others may get."""
+        sequence = self.remove(rid)
+        if sequence is not None:
+            self._growth.ended(sequence.num_tokens - sequence.num_prompt)
         return sequence
 
     def drop(self, rid: int) -> PageArray:
@@ -164,14 +173,22 @@ class Scheduler:
         self._share_pages(sequence)
 
     def take_known_tokens(self) -> tuple[Int64Array, Int64Array]:
-        """Slots int64 [K] that have begun to decode since the last call with a token from elsewhere, and these tokens int64 [K]."""
+        """Slots int64 [K] that have begun, since the last call, to decode from a token not sampled there, and the token of each."""
         known, self._known_tokens = self._known_tokens, {}
         return np.array(list(known), dtype=np.int64), np.array(list(known.values()), dtype=np.int64)
+
+    def take_restoration(self) -> Restoration | None:
+        """What must be copied back before the next forward, since the last call."""
+        parts, self._restorations = self._restorations, []
+        return Restoration.of_all(parts)
 
     def _take_out(self, rid: int) -> Sequence | None:
         sequence = self._by_rid.pop(rid, None)
         if sequence is not None and sequence.slot < 0:
             self._waiting.remove(sequence)
+            if sequence.kept is not None and self._keeper is not None:
+                self._keeper.forget(sequence.kept)
+                sequence.kept = None
         return sequence
 
     # One step
@@ -183,6 +200,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step: all sequences that can decode, then chunks within the budget."""
         self._make_room_for_decode()
+        self._resume_kept()
         decode_slots = self._ready()
         return Plan(decode_slots, tuple(self._chunks()))
 
@@ -244,13 +262,20 @@ class Scheduler:
         assert len(running) > 1 or len(self._placed), "one sequence alone always fits: check() refuses what can't"
         assert self.table.num_known[victim.slot] == self.table.num_tokens[victim.slot], "retracted with a token under way"
         self._share_pages(victim)
+        self._keep(victim)
         self._release(victim)
         victim.num_computed = 0
         victim.prompt_logprobs.clear()
-        self._waiting.append(victim)
-        self._waiting.sort(key=lambda waiting: waiting.precedence)
+        self._waiting.add(victim)
         self.num_retracted += 1
         self._growth.was_too_low()
+
+    def _keep(self, victim: Sequence) -> None:
+        """Have a decoding sequence's KV kept, if that is worth it. A prompt that is not complete is not."""
+        assert not self._restorations, "what was to be copied back has been launched"
+        if self._keeper is not None and victim is not self._partial:
+            num_pages = -(-victim.num_settled // self.config.page_size)
+            victim.kept = self._keeper.keep(self.table.page_row(victim.slot)[:num_pages], victim.num_settled)
 
     def _release(self, sequence: Sequence) -> PageArray:
         """Take a running sequence's slot and pages; what it shares with the cache stays there. Returns the freed pages."""
@@ -286,10 +311,37 @@ class Scheduler:
 
     def _reserved_pages(self) -> int:
         """Pages that running sequences are expected to need."""
-        slots = np.concatenate([self._decoding, self._placed])
-        return self._growth.expected_tokens(self.table.max_tokens[slots] - self.table.num_tokens[slots]) // self.config.page_size
+        slots, table = np.concatenate([self._decoding, self._placed]), self.table
+        num_tokens = table.num_tokens[slots]
+        growth = self._growth.expected_tokens(
+            remaining=table.max_tokens[slots] - num_tokens,
+            produced=num_tokens - table.num_prompt[slots],
+            held=num_tokens - table.num_found[slots],
+        )
+        return growth // self.config.page_size
 
     # Admission
+
+    def _resume_kept(self) -> None:
+        """Sequences at the head of the queue whose KV was kept decode in this step, where there is room."""
+        while (sequence := self._waiting.head) is not None and sequence.kept is not None:
+            if not self.table.num_free or self._blocked:
+                return
+            if self._admit(sequence):
+                self._resume(sequence)
+            else:
+                self._blocked = True
+
+    def _resume(self, sequence: Sequence) -> None:
+        kept, slot = sequence.kept, sequence.slot
+        assert kept is not None and self._keeper is not None
+        assert kept.num_tokens == sequence.num_tokens - 1, "all but the last token have KV"
+        num_found = sequence.num_settled // self.config.page_size
+        self._restorations.append(self._keeper.restore(kept, self.table.page_row(slot).copy(), num_found))
+        sequence.kept = None
+        sequence.num_settled, sequence.num_computed = kept.num_tokens, sequence.num_tokens
+        self._known_tokens[slot] = int(sequence.tokens[kept.num_tokens])
+        self._decoding = np.append(self._decoding, slot)
 
     def _chunks(self) -> Iterable[Chunk]:
         budget = self.config.chunk_tokens
@@ -300,9 +352,11 @@ class Scheduler:
             yield chunk
         if not self._waiting or self._blocked:
             return
-        for sequence in self._admission_order():
+        for sequence in self._waiting.admission_order():
             if budget <= 0 or not self.table.num_free or self._partial is not None:
                 return
+            if sequence.kept is not None:
+                continue  # it needs no chunk, and is looked at first in the next step
             if not self._admit(sequence):
                 self._blocked = True
                 return
@@ -315,16 +369,6 @@ class Scheduler:
         completes = sequence.num_computed + length == sequence.num_tokens
         self._partial = None if completes else sequence
         return Chunk(sequence, sequence.num_computed, length, completes)
-
-    def _admission_order(self) -> list[Sequence]:
-        if self.config.policy == "fcfs" or len(self._waiting) == 1:
-            return list(self._waiting)
-        window = self._waiting[:LPM_WINDOW]
-        hits = {
-            sequence.rid: self.cache.peek(sequence.tokens[: sequence.num_tokens], sequence.matchable_tokens) for sequence in window
-        }
-        order = sorted(window, key=lambda sequence: (-sequence.request.priority, -hits[sequence.rid]))
-        return order + self._waiting[LPM_WINDOW:]
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, unless running ones need the room."""
@@ -340,7 +384,7 @@ class Scheduler:
         if num_new + reserve > self.cache.available_pages():
             self.cache.release(match.node)
             return False
-        self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]))
+        self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]), match.num_tokens)
         sequence.node = match.node
         sequence.num_computed = sequence.num_settled = match.num_tokens
         if sequence.cached_tokens < 0:

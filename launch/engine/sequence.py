@@ -2,7 +2,7 @@
 
 Knows no queues and no model. A sequence has tokens (prompt and generated), of which some have their KV in the pool. Its next
 forward computes the rest, and its last row gives the next token; so decoding is just the case where one token is missing, and a
-retracted sequence resumes like a new one with a longer prompt.
+retracted sequence resumes like a new one with a longer prompt, unless its KV was kept.
 
 Forwards are launched before the results of the one before are in. What is launched counts at once: the token that a launched row
 will give is one of the sequence's tokens, its value not yet known. "Settled" is what results have come back for.
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from moesaic.attention.prefix_cache import Node
 from moesaic.launch.engine.messages import GenerateRequest, SamplingParams, TokenLogprobs
 from moesaic.launch.engine.penalties import TokenHistory
+from moesaic.launch.engine.retraction import KeptKV
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -34,7 +35,7 @@ class Sequence:
 
     num_tokens: whose values are known. num_computed: prompt tokens whose forward is launched. num_settled: tokens whose KV is
     in the pool for certain, what may be shared. arrival: unique. shares: its pages may go to the prefix cache; not while another
-    instance reads or writes them.
+    instance reads or writes them. kept: while it waits, its KV in host memory; it goes on as soon as it has pages.
     `added_at` and `admitted_at` (seconds, monotonic) are for reports only: the ranks of a DP group must not decide by clocks.
     """
 
@@ -54,6 +55,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_output_sent: bool = False
     shares: bool = True
+    kept: KeptKV | None = None
     added_at: float = 0.0
     admitted_at: float = 0.0
 
@@ -99,8 +101,9 @@ class SequenceTable:
     """Running sequences as arrays over slots, so that a step touches Python objects only where something happens.
 
     pages int32 [capacity, max_pages]: page rows; tokens int32 [capacity, max_tokens + 1]; the rest [capacity]. num_tokens: with
-    those that launched rows will give; num_known: without them. owner: the sequence's arrival, -1 for a free slot. needs_event: the
-    next token needs an output of its own even if it is neither the last nor a stop id.
+    those that launched rows will give; num_known: without them; num_prompt: of these; num_found: what the prefix cache had of them.
+    owner: the sequence's arrival, -1 for a free slot. needs_event: the next token needs an output of its own even if it is neither
+    the last nor a stop id.
     """
 
     def __init__(self, capacity: int, max_pages: int, max_tokens: int) -> None:
@@ -114,6 +117,8 @@ class SequenceTable:
         self.num_pages: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.num_known: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_prompt: Int64Array = np.zeros(capacity, dtype=np.int64)
+        self.num_found: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.max_tokens: Int64Array = np.zeros(capacity, dtype=np.int64)
         self.temperature = np.zeros(capacity, dtype=np.float32)
         self.top_p = np.ones(capacity, dtype=np.float32)
@@ -129,8 +134,8 @@ class SequenceTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def add(self, sequence: Sequence, pages: Int32Array) -> None:
-        """Give a sequence a slot and its first pages."""
+    def add(self, sequence: Sequence, pages: Int32Array, num_found: int) -> None:
+        """Give a sequence a slot and its first pages, with `num_found` tokens from the prefix cache in them."""
         slot = self._free.pop()
         sampling = sequence.request.sampling
         sequence.slot = slot
@@ -146,6 +151,7 @@ class SequenceTable:
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = len(pages)
         self.num_tokens[slot] = self.num_known[slot] = sequence.num_tokens
+        self.num_prompt[slot], self.num_found[slot] = sequence.num_prompt, num_found
         self.max_tokens[slot] = sequence.max_tokens
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p

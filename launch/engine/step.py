@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from moesaic.attention.dp_attention import share_bounds
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ModeFlag, resolve_dispatch_mode
+from moesaic.launch.engine.graph_plan import GraphStep, graph_step
+from moesaic.moe.dispatch_mode import DispatchMode, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatcher import DispatchPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class StepRules:
     """What turns headers into a step; equal on all ranks. `a2a`: each attention-TP rank dispatches its own share.
 
     `distribution_threshold`: share of the rows below which the smaller micro-batch is filled up from inside a sequence.
+    `graph_rows`: numbers of rows for which decode steps were captured, ascending.
     """
 
     attn_tp_size: int
@@ -64,6 +67,7 @@ class StepRules:
     cap: int
     split_from: SplitThresholds = field(default_factory=SplitThresholds)
     distribution_threshold: float = 0.48
+    graph_rows: tuple[int, ...] = ()
 
     @property
     def splits(self) -> bool:
@@ -88,7 +92,8 @@ class Step:
     """num_tokens and num_logits per DP rank.
 
     `extends`: some rank computes prompt tokens. `control`: the command that all ranks carry out now, 0 while some rank has not
-    received it. `split`: None when the step runs straight. `idle`: nobody runs anything; `quiet`: nobody even has anything waiting.
+    received it. `split`: None when the step runs straight. `graph`: what all ranks replay, padded; None: the step runs as it is,
+    operation by operation. `idle`: nobody runs anything; `quiet`: nobody even has anything waiting.
     """
 
     num_tokens: tuple[int, ...]
@@ -98,6 +103,7 @@ class Step:
     control: int
     plan: DispatchPlan
     split: StepSplit | None
+    graph: GraphStep | None
     idle: bool
     quiet: bool
     stop: bool
@@ -150,6 +156,9 @@ def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
         max_tokens_per_rank=max(dispatched),
         cap=rules.cap,
     )
+    graph = None
+    if mode is DispatchMode.LOW_LATENCY and not extends and rules.graph_rows:
+        graph = graph_step(num_tokens, rules.graph_rows, rules.split_from.decode)
     num_messages = tuple(header.num_messages for header in leaders)
     controls = {header.control for header in headers}
     has_work = any(header.has_work or header.num_messages for header in leaders)
@@ -160,7 +169,8 @@ def resolve_step(headers: list[StepHeader], rules: StepRules) -> Step:
         extends=extends,
         control=min(controls) if len(controls) == 1 else 0,
         plan=DispatchPlan(mode=mode, num_tokens_per_rank=dispatched),
-        split=resolve_split(leaders, rules, extends=extends, mode=mode),
+        split=None if graph is not None else resolve_split(leaders, rules, extends=extends, mode=mode),
+        graph=graph,
         idle=not any(num_tokens),
         quiet=not has_work and controls == {0},
         stop=any(header.stop for header in headers),

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.eplb.load_counter import ForwardMode
+from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
+from moesaic.launch.engine.graph_plan import GraphStep
 from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, SampledLogprobs
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.recording import LoadRecording
+from moesaic.launch.engine.retraction import Restoration
 from moesaic.launch.engine.sampler import NonFiniteLogits, SamplingBatch, sample
 from moesaic.launch.engine.sampling_rows import SamplingRows
 from moesaic.launch.engine.sequence import Int64Array
@@ -35,10 +37,11 @@ logger = logging.getLogger(__name__)
 class StepJob:
     """What a step runs.
 
-    inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. decode_slots int64 [D], sampled_slots
-    int64 [S]: slots of the decode rows and of the sampled ones. known_slots, known_tokens int64 [K]: slots whose last token was not
-    sampled here, and that token. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may
-    hold NaN, which would reach those who get the pages next even where they are masked: cleared before the forward.
+    inputs: with blank ids in the decode rows. split: parts of `inputs`, as views of its ids. graph: to replay instead.
+    decode_slots int64 [D], sampled_slots int64 [S]: slots of the decode rows and of the sampled ones. known_slots, known_tokens
+    int64 [K]: slots whose last token was not sampled here, and that token. restoration: KV to be copied back from host memory
+    before the forward. num_tokens: of all DP ranks. spoiled_pages int64 [P]: their KV may hold NaN, which would reach those who get
+    the pages next even where they are masked: cleared before the forward.
     """
 
     step: int
@@ -46,6 +49,7 @@ class StepJob:
     num_tokens: int
     inputs: ForwardInput
     split: ForwardSplit | None
+    graph: GraphStep | None
     decode_slots: Tensor
     sampled_slots: Tensor
     known_slots: Tensor
@@ -54,6 +58,7 @@ class StepJob:
     sampled_logprobs: SampledLogprobs | None
     prompt_logprobs: tuple[PromptLogprobs, ...]
     spoiled_pages: Tensor
+    restoration: Restoration | None
     observer: LoadObserver | None
     recording: LoadRecording
     timeline: Timeline | None
@@ -108,6 +113,8 @@ class StepRunner:
     def _run(self, job: StepJob) -> StepOutcome:
         if len(job.spoiled_pages):
             self._runner.clear_pages(job.spoiled_pages)
+        if job.restoration is not None:
+            self._runner.restore_pages(job.restoration.host_pages, job.restoration.pages)
         if len(job.known_slots):
             self._last_tokens.index_copy_(0, job.known_slots, job.known_tokens)
         num_decode = len(job.decode_slots)
@@ -115,7 +122,7 @@ class StepRunner:
             torch.index_select(self._last_tokens, 0, job.decode_slots, out=job.inputs.input_ids[:num_decode])
         failure, logits = None, None
         try:
-            logits = self._runner.forward(job.inputs, job.observer, job.split)
+            logits = self._runner.forward(job.inputs, job.observer, job.split, job.graph)
         except OperationError as error:
             if error.fatal:
                 raise

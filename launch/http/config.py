@@ -15,7 +15,8 @@ class HttpConfig:
     connects. `eos_token_ids` end every sequence unless `ignore_eos`. `default_sampling` holds native sampling names
     (from the checkpoint's generation_config.json) used where a request says nothing; `random_seed` decides the seeds
     that such requests get (None: chance). `max_queued_requests` None: no limit. `role` is --disaggregation-mode; `bootstrap_port`
-    holds for requests that give none. `server_args` and `resolution` are shown in /server_info as they are. Times are seconds.
+    holds for requests that give none. `server_args`, `resolution` and `memory_plan` are shown in /server_info as they
+    are. Times are seconds.
     """
 
     model_path: str
@@ -41,6 +42,7 @@ class HttpConfig:
     model_type: str = "deepseek_v3"
     server_args: Mapping[str, object] = field(default_factory=dict)
     resolution: tuple[Mapping[str, object], ...] = ()
+    memory_plan: Mapping[str, object] = field(default_factory=dict)
     role: Literal["null", "prefill", "decode"] = "null"
     bootstrap_port: int = 8998
     version: str = "0"

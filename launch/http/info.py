@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Response
 
 from moesaic.launch.engine.messages import LoadReport
@@ -103,6 +104,7 @@ def _server_info(services: Services) -> dict[str, Any]:
         "max_total_num_tokens": sum(load.max_total_num_tokens for load in client.loads()),
         "context_length": config.context_length,
         "resolution": _resolution(services),
+        "memory_plan": dict(config.memory_plan),
         "status": "failing" if client.problem() else "ready",
         "version": config.version,
         "internal_states": [_internal_state(services)],
@@ -134,6 +136,8 @@ def _internal_state(services: Services) -> dict[str, Any]:
             "token_capacity": sum(load.max_total_num_tokens for load in loads),
             "graph": 0.0,
         },
+        "num_retracted_reqs": sum(load.num_retracted_reqs for load in loads),
+        "retraction": [None if load.retraction is None else msgspec.structs.asdict(load.retraction) for load in loads],
         "rebalance": None if rebalance is None else asdict(rebalance),
         "load_seconds": {f"rank {rank.rank}": dict(rank.phase_seconds) for rank in ready},
     }

@@ -94,6 +94,44 @@ class _Rooms(Collector):
         ]
 
 
+class _Retraction(Collector):
+    """Retracted requests, and where their KV may be kept what has become of it."""
+
+    def __init__(self, model: str, loads: Callable[[], Sequence[LoadReport]]) -> None:
+        self._model = model
+        self._loads = loads
+
+    def collect(self) -> Iterable[Metric]:
+        loads = self._loads()
+        yield self._counter("reqs", "Requests put back for want of KV cache", loads, lambda load: load.num_retracted_reqs)
+        kept = [load for load in loads if load.retraction is not None]
+        if kept:
+            yield from self._kept(kept)
+
+    def _kept(self, loads: Sequence[LoadReport]) -> Iterable[Metric]:
+        for name, text in (
+            ("offloaded_reqs", "Retracted requests whose KV was copied to host memory"),
+            ("offloaded_tokens", "Tokens of KV copied to host memory"),
+            ("restored_tokens", "Tokens of KV copied back from host memory"),
+            ("host_full_reqs", "Retracted requests computed again as host memory was full"),
+            ("recompute_cheaper_reqs", "Retracted requests computed again as that takes less time than to copy"),
+        ):
+            yield self._counter(name, text, loads, attrgetter(f"retraction.num_{name}"))
+        for name, text in (("num_host_tokens", "Tokens of KV in host memory"), ("max_host_tokens", "Room for them")):
+            gauge = GaugeMetricFamily(f"{PREFIX}retracted_{name}", text, labels=("model_name", "dp_rank"))
+            for load in loads:
+                gauge.add_metric((self._model, str(load.dp_rank)), getattr(load.retraction, name))
+            yield gauge
+
+    def _counter(
+        self, name: str, text: str, loads: Sequence[LoadReport], value: Callable[[LoadReport], float]
+    ) -> CounterMetricFamily:
+        counter = CounterMetricFamily(f"{PREFIX}retracted_{name}", text, labels=("model_name", "dp_rank"))
+        for load in loads:
+            counter.add_metric((self._model, str(load.dp_rank)), value(load))
+        return counter
+
+
 class _Rebalancing(Collector):
     """The state of the expert rebalance, read when Prometheus asks; nothing where experts do not move."""
 
@@ -161,6 +199,7 @@ class Metrics:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_Loads(model, loads))
+        self._registry.register(_Retraction(model, loads))
         self._registry.register(_Rebalancing(model, rebalance))
         self._registry.register(_Rooms(model, role, loads))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")

@@ -34,7 +34,7 @@ def blanks_of(layer: DenseDecoderLayer | SparseDecoderLayer) -> dict[str, Blank]
 
 def _sparse(layer: SparseDecoderLayer, alone: bool) -> dict[str, Blank]:
     blanks: dict[str, Blank] = {
-        "experts": lambda state: state.replace("expert_rows", _outputs(state.peek("received").rows)),
+        "experts": lambda state: state.replace("expert_rows", _outputs(layer, state.peek("received").rows)),
         "gate_up": lambda state: _gate_up(layer, state),
         "down_first": lambda state: _down(layer, state, 0),
         "down_second": lambda state: _down(layer, state, 1),
@@ -69,15 +69,14 @@ def _gate(layer: SparseDecoderLayer, state: State) -> None:
 def _gate_up(layer: SparseDecoderLayer, state: State) -> None:
     received = state.peek("received")
     rows: ExpertRows = received.rows
-    inner = rows.hidden.new_zeros(*rows.hidden.shape[:-1], layer.moe.experts.inner_size)
-    state.replace("inner", replace(rows, hidden=inner))
+    inner = layer.parts.post_norm.new_zeros(*rows.hidden.shape[:-1], layer.moe.experts.inner_size)
+    state.replace("inner", replace(rows, hidden=inner, scales=None))
     state.replace("halves", layer.moe.dispatcher.halve(received))
 
 
 def _down(layer: SparseDecoderLayer, state: State, half: int) -> None:
     inner: ExpertRows = state.peek("halves")[half].pick(state.peek("inner"))
-    width = layer.parts.post_norm.shape[0]
-    state.replace("expert_rows", inner.hidden.new_zeros(*inner.hidden.shape[:-1], width))
+    state.replace("expert_rows", _outputs(layer, inner))
 
 
 def _shared_expert(layer: SparseDecoderLayer, state: State) -> None:
@@ -90,8 +89,10 @@ def _output(layer: SparseDecoderLayer, state: State) -> None:
     state.replace("hidden", _rows(layer, state))
 
 
-def _outputs(rows: ExpertRows) -> Tensor:
-    return rows.hidden.new_zeros(rows.hidden.shape)
+def _outputs(layer: SparseDecoderLayer, rows: ExpertRows) -> Tensor:
+    """In the model's dtype, whatever the rows came in."""
+    norm = layer.parts.post_norm
+    return norm.new_zeros(*rows.hidden.shape[:-1], norm.shape[0])
 
 
 def _num_rows(state: State) -> int:

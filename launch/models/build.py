@@ -14,9 +14,13 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.grouped_backends import BACKENDS, Name
+from moesaic.kernels.peer_exchange import PeerLayout
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.models.deepep import DeepEP
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
+from moesaic.launch.models.expert_loader import ExpertLoader
 from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
 from moesaic.launch.models.layers import DenseDecoderLayer, LayerParts, SparseDecoderLayer
 from moesaic.launch.models.parallel import ParallelContext
@@ -26,27 +30,43 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
 from moesaic.moe.counted_exchange import CountedExchange
+from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
+from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatcher import Dispatcher
-from moesaic.moe.experts import ExpertWeights, make_expert_runner
+from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
+from moesaic.moe.symm import SymmDispatcher, triton_exchange
+from moesaic.moe.symm_windows import MakeWindows, WindowsInTurn, symmetric_windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block.
+    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block, at least.
 
-    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
+    `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
+    `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
+    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
+    `max_dispatch_tokens` of a rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
     """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     max_positions: int = 4096
-    expert_runner: str = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
+    fp8_experts: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
+
+    @property
+    def for_torch(self) -> bool:
+        """Whether torch alone computes the experts."""
+        return self.expert_backends == ("torch",)
 
 
 class DeepseekV3Builder:
@@ -70,6 +90,8 @@ class DeepseekV3Builder:
         self._location = expert_location(config, parallel, options.slots)
         self._replicas = choose_replicas(self._location, parallel, options.slots, options.device, self._communications)
         self._experts: list[ExpertWeights] = []
+        # Before any weight is read: it may be refused, and its memory is the same whatever the weights leave.
+        self._deepep = self._make_deepep()
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
@@ -88,6 +110,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
+            exchange=self._windows if self._parallel.a2a_backend == "symm" else self._deepep,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -143,7 +166,8 @@ class DeepseekV3Builder:
             q_norm=q_norm,
             q_up=q_up,
             kv_norm=self._tensor(f"{prefix}.kv_a_layernorm.weight", latent),
-            kv_up_key=key.contiguous(),
+            # A copy in any case: of a single head it would be a view that keeps the values' half alive.
+            kv_up_key=key.clone(memory_format=torch.contiguous_format),
             kv_up_value=_out_fastest(value.flatten(0, 1)).view(value.shape),
             output=self._matrix(f"{prefix}.o_proj.weight", hidden, value_rows, shard=Shard(1, heads.index, heads.count)),
         )
@@ -193,8 +217,10 @@ class DeepseekV3Builder:
         placement = ExpertPlacement(
             num_slots=self._location.num_slots, ep_size=self._parallel.ep_size, ep_rank=self._parallel.ep_rank
         )
-        held = self._location.physical_to_logical[sparse_index, placement.first : placement.first + placement.num_local]
-        experts = self._load_experts(prefix, held.tolist())
+        held = self._location.physical_to_logical[sparse_index, placement.first : placement.first + placement.num_local].tolist()
+        options = self._options
+        load = ExpertLoader(config, self._source, self._parallel, dtype=options.dtype, device=options.device)
+        experts = load.fp8(prefix, held) if options.fp8_experts else load.plain(prefix, held, out_fastest=options.for_torch)
         self._experts.append(experts)
         return SparseLayer(
             index=sparse_index,
@@ -204,35 +230,17 @@ class DeepseekV3Builder:
             replicas_communicate=self._replicas is not None and replicas_communicate(self._parallel, self._options.slots),
             dispatcher=self._dispatcher(placement),
             experts=make_expert_runner(
-                self._options.expert_runner,
+                self._options.expert_backends,
                 experts,
+                dtype=self._options.dtype,
                 fp8_activations=self._options.fp8_activations,
             ),
             shared_expert=shared,
         )
 
-    def _load_experts(self, prefix: str, held: list[int]) -> ExpertWeights:
-        """The experts of this rank's slots, filled one by one so that nothing is held twice."""
-        config, parallel = self._config, self._parallel
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        rows, columns = (Shard(dim, parallel.moe_tp_rank, parallel.moe_tp_size) for dim in (0, 1))
-        part = width // parallel.moe_tp_size
-        gate_up = self._expert_tensor(len(held), 2 * part, hidden)
-        down = self._expert_tensor(len(held), hidden, part)
-        for local, expert in enumerate(held):
-            name = f"{prefix}.experts.{expert}"
-            gate_up[local, :part] = self._tensor(f"{name}.gate_proj.weight", width, hidden, shard=rows)
-            gate_up[local, part:] = self._tensor(f"{name}.up_proj.weight", width, hidden, shard=rows)
-            down[local] = self._tensor(f"{name}.down_proj.weight", hidden, width, shard=columns)
-        return ExpertWeights(gate_up=gate_up, down=down)
-
-    def _expert_tensor(self, num_experts: int, rows: int, columns: int) -> Tensor:
-        """Uninitialised [E, out, in] with `out` running fastest: few rows times such a weight is up to a third faster on CPU."""
-        options = self._options
-        return torch.empty(num_experts, columns, rows, dtype=options.dtype, device=options.device).transpose(1, 2)
-
     def _dispatcher(self, placement: ExpertPlacement) -> Dispatcher[Any]:
-        parallel, alignment = self._parallel, self._options.alignment
+        parallel = self._parallel
+        alignment = max(self._options.alignment, *(BACKENDS[name].alignment for name in self._options.expert_backends))
         if parallel.a2a_backend == "none":
             return AllGatherDispatcher(
                 placement=placement,
@@ -243,8 +251,8 @@ class DeepseekV3Builder:
                 communications=self._communications,
                 alignment=alignment,
             )
-        if parallel.a2a_backend == "torch":
-            return AllToAllDispatcher(
+        if parallel.a2a_backend in ("torch", "symm"):
+            by_collectives = AllToAllDispatcher(
                 placement=placement,
                 group=parallel.world_group,
                 exchange=self._exchange,
@@ -252,7 +260,39 @@ class DeepseekV3Builder:
                 alignment=alignment,
                 halves=self._options.single_batch_overlap,
             )
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+            if parallel.a2a_backend == "torch":
+                return by_collectives
+            return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
+        if self._deepep is not None:
+            return self._deepep.dispatcher(alignment, fp8_rows=self._options.fp8_experts)
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch', 'symm' or 'deepep'")
+
+    def _make_deepep(self) -> DeepEP | None:
+        parallel, config = self._parallel, self._config
+        if parallel.a2a_backend not in ("deepep", "deepep_v2"):
+            return None
+        shape = ExchangeShape(
+            num_ranks=parallel.ep_size,
+            ranks_per_node=parallel.ranks_per_node,
+            num_slots=self._location.num_slots,
+            hidden_size=config.hidden_size,
+            topk=config.num_experts_per_tok,
+        )
+        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
+
+    @cached_property
+    def _windows(self) -> WindowsInTurn:
+        """For all layers: a layer's combine is over before the next one's dispatch."""
+        options, parallel = self._options, self._parallel
+        layout = PeerLayout(
+            num_ranks=parallel.ep_size,
+            num_local=self._location.num_slots // parallel.ep_size,
+            max_tokens=options.max_dispatch_tokens,
+            topk=self._config.num_experts_per_tok,
+            hidden=self._config.hidden_size,
+            dtype=options.dtype,
+        )
+        return WindowsInTurn(options.make_windows(layout, parallel.ep_rank, parallel.world_group, options.device))
 
     @cached_property
     def _exchange(self) -> CountedExchange:

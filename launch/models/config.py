@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.kernels.rope import RopeConfig, yarn_mscale
+from moesaic.kernels.rope_config import RopeConfig, yarn_mscale
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 

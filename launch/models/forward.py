@@ -11,12 +11,17 @@ from moesaic.moe.dispatcher import DispatchPlan
 from moesaic.overlap.split import join_row_ids, split_batch, splittable
 
 
+def _split_valid(valid: Tensor | None, cut: int) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if valid is None else (valid[:cut], valid[cut:])
+
+
 @splittable
 @dataclass(frozen=True, kw_only=True)
 class ForwardInput:
     """input_ids int64 [T]; logit_rows int64 [N]: rows whose logits are wanted.
 
-    num_logits_per_dp_rank: N of every DP rank (for a head split over all ranks). plan: the step's dispatch.
+    num_logits_per_dp_rank: N of every DP rank (for a head split over all ranks). plan: the step's dispatch. valid bool [T]: False
+    for rows that pad the step, which no expert is to get; None: there are none.
     """
 
     input_ids: Tensor = field(metadata={"axis": "rows"})
@@ -24,6 +29,7 @@ class ForwardInput:
     plan: DispatchPlan = field(metadata={"axis": "given"})
     logit_rows: Tensor = field(metadata={"axis": "row_ids"})
     num_logits_per_dp_rank: tuple[int, ...] = field(metadata={"axis": "given"})
+    valid: Tensor | None = field(default=None, metadata={"axis": _split_valid})
 
     def split(
         self, cut: int, plans: tuple[DispatchPlan, DispatchPlan], num_logits: tuple[tuple[int, ...], tuple[int, ...]]

@@ -97,6 +97,9 @@ class SparseDecoderLayer(DecoderLayer):
         if self.scatter:
             hidden = self.parts.group.scatter(hidden)
         topk: TopK = self.moe.gate.select(hidden)
+        inputs: ForwardInput = state.peek("inputs")
+        if inputs.valid is not None:
+            topk = topk.of_valid(self.parts.group.scatter(inputs.valid) if self.scatter else inputs.valid)
         observer: LoadObserver | None = state.peek("observer")
         if observer is not None:
             observer(self.moe.index, topk.ids)

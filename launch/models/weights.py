@@ -2,13 +2,12 @@
 
 A model pulls what it needs, by the checkpoint's own names and as the shard it wants; nothing else is read. Files are memory-mapped,
 so a rank's peak is its own weights plus one tensor. FP8 weights (e4m3 with `weight_scale_inv` per 128x128 block) are dequantised on
-the way in.
+the way in, or given out as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks
+from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks, quantize_blocks
+from moesaic.launch.models.checkpoint_files import CheckpointError, read_weight_map
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight may be stored in without scales."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or doesn't fit its config; names file and tensor."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,10 @@ class WeightSource(Protocol):
         """The tensor (its shard); `shape` is that of the whole tensor. Raises CheckpointError."""
         ...
 
+    def quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        """An FP8 matrix as stored, of whole blocks: e4m3, and the fp32 scales of its 128x128 blocks. Raises CheckpointError."""
+        ...
+
 
 class DummyWeights:
     """Random weights without a file (`--load-format dummy`): each tensor depends on its name alone, so all layouts agree."""
@@ -59,6 +59,16 @@ class DummyWeights:
         self._on_tensor = on_tensor
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
+        value = self._random(name, shape, dtype, shard)
+        self._on_tensor(value.nbytes)
+        return value
+
+    def quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        values, scales = quantize_blocks(self._random(name, shape, torch.float32, shard))
+        self._on_tensor(values.nbytes + scales.nbytes)
+        return values, scales
+
+    def _random(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator = torch.Generator().manual_seed(seed)
         if name.endswith(("norm.weight", "layernorm.weight")):
@@ -67,9 +77,7 @@ class DummyWeights:
             whole = torch.zeros(shape)
         else:
             whole = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        value = _cut(whole, shard).to(dtype).clone()
-        self._on_tensor(value.nbytes)
-        return value
+        return _cut(whole, shard).to(dtype).clone()
 
 
 class CheckpointWeights:
@@ -82,13 +90,11 @@ class CheckpointWeights:
         self._file_of = self._index()
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
-        stored = self._slice(name)
-        found = tuple(stored.get_shape())
-        if found != shape:
-            raise CheckpointError(f"{self._path(name)}: {name} has shape {list(found)}, the config asks for {list(shape)}")
-        value = _cut(stored, shard)
+        value = self._stored(name, shape, shard)
         if value.dtype == FP8:
-            value = self._dequantized(name, value, shape, dtype, shard)
+            scales, starts = self._scales(name, shape, shard)
+            row, column = (start % BLOCK for start in starts)
+            value = dequantize_blocks(value, scales, dtype, row_offset=row, column_offset=column)
         elif value.dtype in PLAIN_DTYPES:
             value = value.to(dtype, copy=True)
         else:
@@ -96,8 +102,28 @@ class CheckpointWeights:
         self._on_tensor(value.nbytes)
         return value
 
-    def _dequantized(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, shard: Shard | None) -> Tensor:
-        """An FP8 shard in dtype; reads just the scales of the blocks that it touches."""
+    def quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        value = self._stored(name, shape, shard)
+        if value.dtype != FP8:
+            raise CheckpointError(f"{self._path(name)}: {name} has dtype {value.dtype}, wanted {FP8} with scales")
+        scales, starts = self._scales(name, shape, shard)
+        if any(start % BLOCK for start in starts):
+            raise CheckpointError(
+                f"{self._path(name)}: {name} is cut at {starts}, inside an FP8 block of {BLOCK}: cut it into fewer parts"
+            )
+        value, scales = value.clone(), scales.contiguous()
+        self._on_tensor(value.nbytes + scales.nbytes)
+        return value, scales
+
+    def _stored(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
+        stored = self._slice(name)
+        found = tuple(stored.get_shape())
+        if found != shape:
+            raise CheckpointError(f"{self._path(name)}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+        return _cut(stored, shard)
+
+    def _scales(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> tuple[Tensor, list[int]]:
+        """Scales of the blocks that an FP8 shard touches, and where it starts."""
         if len(shape) != 2:
             raise CheckpointError(f"{self._path(name)}: {name} is FP8 with shape {list(shape)}; only matrices have scale blocks")
         starts, stops = [0, 0], list(shape)
@@ -112,8 +138,7 @@ class CheckpointWeights:
                 f"128x128 blocks of {list(shape)} ask for {wanted}"
             )
         blocks = [slice(start // BLOCK, -(-stop // BLOCK)) for start, stop in zip(starts, stops, strict=True)]
-        scales = stored[blocks[0], blocks[1]].float()
-        return dequantize_blocks(value, scales, dtype, row_offset=starts[0] % BLOCK, column_offset=starts[1] % BLOCK)
+        return stored[blocks[0], blocks[1]].float(), starts
 
     def _slice(self, name: str) -> Any:
         file_name = self._file_of.get(name)
@@ -133,7 +158,7 @@ class CheckpointWeights:
         """Tensor name -> file name."""
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _weight_map(index)
+            weight_map = read_weight_map(index)
             missing = sorted({name for name in weight_map.values() if not (self._folder / name).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} file(s) missing)")
@@ -149,17 +174,6 @@ class CheckpointWeights:
             return list(self._files[file.name].keys())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor to file name")
-    return weight_map
 
 
 def _cut(value: Any, shard: Shard | None) -> Tensor:

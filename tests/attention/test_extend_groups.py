@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.attention.extend_groups import MAX_GROUP_TOKENS, extend_groups
+from moesaic.attention.config import MAX_GROUP_TOKENS
+from moesaic.attention.extend_groups import extend_groups
 from moesaic.attention.metadata import ExtendSequence
 
 

@@ -82,7 +82,7 @@ def test_decode_over_buckets_equals_each_sequence_alone_in_float64(lengths: list
     num_pages = sum(-(-length // PAGE) for length in lengths) + 3
     pool = LatentKVPool(num_layers=1, num_pages=num_pages, page_size=PAGE, latent_dim=rank + rope, dtype=torch.float32, device=CPU)
     rows = torch.randn(num_pages * PAGE, rank + rope, generator=generator)
-    pool.rows(0).copy_(rows)
+    pool.rows(0)[: len(rows)].copy_(rows)
     query = torch.randn(len(lengths), heads, rank + rope, generator=generator)
     metadata = AttentionMetadata(
         positions=torch.tensor(lengths) - 1,

@@ -16,7 +16,8 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
-from moesaic.kernels.rope import RopeConfig, rope_table
+from moesaic.kernels.rope import rope_table
+from moesaic.kernels.rope_config import RopeConfig
 from moesaic.overlap.split import split_batch, split_row, splittable
 
 PAGE, PAGES_PER_SEQUENCE, HIDDEN, CPU = 4, 12, 32, torch.device("cpu")

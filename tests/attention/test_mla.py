@@ -19,7 +19,8 @@ from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.kernels.quant import round_to_fp8
-from moesaic.kernels.rope import RopeConfig, rope_table
+from moesaic.kernels.rope import rope_table
+from moesaic.kernels.rope_config import RopeConfig
 
 PAGE, PAGES_PER_SEQUENCE, CPU = 4, 8, torch.device("cpu")
 NUM_SEQUENCES = 3

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from http_server import wait_for
 from live_server import LiveServer, free_port
-from pd_servers import PdPair, greedy, kill, next_room, pd_pair, post, start_prefill
+from pd_servers import PdPair, greedy, kill, metric, next_room, pd_pair, post, start_prefill
 from router_process import pd_router
 from tiny_models import TinyModel
 
@@ -23,7 +23,7 @@ PROMPT = [9, 8, 7, 6]
 @pytest.fixture(scope="module")
 def pair(model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PdPair]:
     """A decode server with little memory: 256 tokens."""
-    flags = ("--max-total-tokens", "256", "--num-reserved-decode-tokens", "32")
+    flags = ("--max-total-tokens", "256", "--num-reserved-decode-tokens", "8")
     with pd_pair(model.folder, tmp_path_factory.mktemp("pd"), ("--chunked-prefill-size", "16"), flags) as pair:
         yield pair
 
@@ -37,6 +37,10 @@ def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: 
         assert [one.result().status_code for one in prefilled] == [200] * len(bodies)
         assert [one.result().json()["output_ids"] for one in decoded] == [model.greedy(prompt, 40) for prompt in prompts]
     wait_for(lambda: pair.used_tokens() == 0, 20)
+    with pair.decode.client() as client:
+        retraction = client.get("/server_info").json()["internal_states"][0]["retraction"][0]
+    assert 0 < retraction["num_restored_tokens"] <= retraction["num_offloaded_tokens"] and not retraction["num_host_tokens"]
+    assert metric(pair.decode, "retracted_restored_tokens_total") == retraction["num_restored_tokens"]
 
 
 def test_a_dead_prefill_fails_its_requests_and_no_others(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:

@@ -116,6 +116,16 @@ def test_expert_load_is_recorded_over_all_ranks(server: LiveServer, model: TinyM
     assert record.logical_count.sum(axis=(0, 2)).tolist() == [tokens * 4] * 2  # top-4, two sparse layers
 
 
+def test_the_kv_pools_are_as_large_as_the_memory_plan_said(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        info = client.get("/server_info").json()
+
+    plan = info["memory_plan"]
+    assert "memory of one rank" in server.output
+    assert info["max_total_num_tokens"] == 2 * plan["kv_tokens"] == 2 * 2048
+    assert plan["kv_bytes"] == 2048 * plan["kv_bytes_per_token"] and plan["headroom_bytes"] > 0
+
+
 def test_health_is_red_while_a_rank_is_wedged(server: LiveServer) -> None:
     """A stopped process sends no heartbeats; when it goes on, so does the service."""
     pid = server.rank_pids()[1]

@@ -23,7 +23,8 @@ from moesaic.kernels.native.build import CACHE_VARIABLE, SWITCH_VARIABLE
 from moesaic.kernels.native.library import status
 from moesaic.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from moesaic.kernels.permute import contiguous_map, from_rows, masked_map, to_rows, weighted_rows, weighted_sum
-from moesaic.kernels.rope import RopeConfig, apply_rope, apply_rope_reference, rope_table
+from moesaic.kernels.rope import apply_rope, apply_rope_reference, rope_table
+from moesaic.kernels.rope_config import RopeConfig
 from moesaic.kernels.topk import grouped_topk, grouped_topk_reference
 
 pytestmark = pytest.mark.skipif(status().library is None, reason=f"no CPU kernels here: {status().reason}")

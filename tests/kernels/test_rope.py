@@ -9,7 +9,8 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, apply_rotary_pos_emb_interleave
 
-from moesaic.kernels.rope import RopeConfig, apply_rope, apply_rope_reference, rope_frequencies, rope_table, yarn_mscale
+from moesaic.kernels.rope import apply_rope, apply_rope_reference, rope_frequencies, rope_table
+from moesaic.kernels.rope_config import RopeConfig, yarn_mscale
 
 YARNS: dict[str, dict[str, Any]] = {
     "deepseek-v3": {"theta": 10000.0, "factor": 40.0, "original": 4096, "mscale": 1.0, "mscale_all_dim": 1.0},

@@ -14,7 +14,8 @@ from torch import Tensor
 from moesaic.kernels.latent_write import write_latent_reference
 from moesaic.kernels.mla_decode import mla_decode_reference
 from moesaic.kernels.quant import FP8
-from moesaic.kernels.rope import RopeConfig, apply_rope_reference, rope_table
+from moesaic.kernels.rope import apply_rope_reference, rope_table
+from moesaic.kernels.rope_config import RopeConfig
 from moesaic.kernels.triton import mla_decode, rope
 
 SEEDS = st.integers(0, 2**31)

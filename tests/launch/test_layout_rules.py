@@ -46,7 +46,7 @@ ILLEGAL_FOR_THE_MODEL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tp_size": 8}, ("--tp-size 8 --dp-size 1", "12 attention heads", "--dp-size 2")),
     (
         {"tp_size": 16, "dp_size": 16, "moe_a2a_backend": "torch", **DP},
-        ("--tp-size 16 --moe-a2a-backend torch", "24 experts", "--moe-a2a-backend none"),
+        ("--tp-size 16 --moe-a2a-backend torch", "24 experts", "--moe-a2a-backend none", "--ep-num-redundant-experts 8"),
     ),
     ({"tp_size": 16, "dp_size": 8, "ep_size": 16, **DP}, ("--ep-size 16", "24 experts", "--ep-size 8")),
     ({"tp_size": 32, "dp_size": 8, **DP}, ("--tp-size 32 --ep-size 1", "moe_intermediate_size 48", "--ep-size 2")),
@@ -102,6 +102,7 @@ def test_every_remedy_that_names_a_dp_size_is_legal(tp: int) -> None:
         {"tp_size": 4, "dp_size": 2, **DP, "moe_dense_tp_size": 1, "enable_dp_lm_head": True},
         {"tp_size": 12, "dp_size": 4, **DP, "moe_a2a_backend": "torch", "ep_size": 12},
         {"tp_size": 4, "nnodes": 2, "node_rank": 1, "dist_init_addr": "h:1"},
+        {"tp_size": 16, "dp_size": 16, **DP, "moe_a2a_backend": "torch", "ep_num_redundant_experts": 8},
     ],
 )
 def test_legal_layouts_pass(flags: dict[str, Any]) -> None:

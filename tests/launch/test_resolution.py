@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
+from moesaic.launch import hardware
 from moesaic.launch.config import ResolvedConfig, ServerConfig
 from moesaic.launch.disaggregation.backends import missing_reason
 from moesaic.launch.errors import ConfigError
@@ -34,7 +35,10 @@ FP8_SHAPE = ModelShape(
     fp8_checkpoint=True,
 )
 LAPTOP = Hardware(num_cores=8)
-GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8)
+GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8, runners_missing=(("deep_gemm", "no module"), ("cutlass", "no module")))
+BARE_GPU_BOX = Hardware(
+    num_cores=64, num_cuda_devices=8, runners_missing=tuple((name, "sm_80") for name in ("deep_gemm", "cutlass", "triton"))
+)
 DP2: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": "torch"}
 
 
@@ -150,7 +154,11 @@ def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep: not built yet"),
+        ({"moe_a2a_backend": "deepep"}, "DeepEP moves tokens between GPUs, and the device is cpu (torch sees no CUDA device); use"),
+        (
+            {"moe_runner_backend": "triton"},
+            "--moe-runner-backend triton: the device is cpu; use",
+        ),
         ({"device": "cuda"}, "--device cuda: torch sees no CUDA device"),
         ({"quantization": "fp8"}, "--quantization fp8: the checkpoint is not FP8"),
         ({"context_length": 2000}, "--context-length 2000: the model reaches 1024"),
@@ -184,7 +192,7 @@ def test_strict_accepts_choices_that_were_written_down() -> None:
 
 def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
     with pytest.raises(ConfigError) as caught:
-        settle(FP8_SHAPE, strict=True, hardware=GPU_BOX)
+        settle(FP8_SHAPE, strict=True, hardware=BARE_GPU_BOX)
 
     lines = str(caught.value).splitlines()
     accepted = [line.rpartition("to accept it: ")[2] for line in lines[1:]]
@@ -196,6 +204,63 @@ def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
     ]
 
 
+def test_on_a_gpu_experts_are_computed_by_what_fits_and_the_table_chooses_among_several() -> None:
+    several = settle(hardware=Hardware(num_cores=64, num_cuda_devices=8))
+    assert several.config.moe_runner_backends == ("deep_gemm", "cutlass", "triton")
+    chosen = row(several, "expert runner")["chosen"]
+    assert chosen.startswith("by shape among deep_gemm, cutlass, triton, bfloat16 (not measured")
+
+    one = settle(hardware=GPU_BOX)
+    assert one.config.moe_runner_backends == ("triton",)
+    assert row(one, "expert runner")["refused"] == [
+        {"candidate": "deep_gemm", "reason": "no module"},
+        {"candidate": "cutlass", "reason": "no module"},
+    ]
+    assert settle(hardware=BARE_GPU_BOX).config.moe_runner_backends == ("torch",)
+    assert settle(hardware=GPU_BOX, moe_runner_backend="triton").config.moe_runner_backends == ("triton",)
+    with pytest.raises(ConfigError, match="--moe-runner-backend deep_gemm: no module"):
+        settle(hardware=GPU_BOX, moe_runner_backend="deep_gemm")
+    with pytest.raises(ConfigError, match="--moe-runner-backend cutlass: has no products of float32"):
+        settle(hardware=Hardware(num_cores=1, num_cuda_devices=8), dtype="float32", moe_runner_backend="cutlass")
+
+
+def test_w8a8_on_a_gpu_keeps_experts_in_fp8_and_wants_whole_blocks() -> None:
+    assert settle(FP8_SHAPE, hardware=GPU_BOX, quantization="fp8").config.fp8_experts
+    assert not settle(FP8_SHAPE, quantization="fp8").config.fp8_experts
+    ragged = replace(FP8_SHAPE, moe_intermediate_size=192)
+    with pytest.raises(ConfigError, match="multiples of 128, and a rank's part of moe_intermediate_size is 192"):
+        settle(ragged, hardware=GPU_BOX, quantization="fp8")
+
+
+def test_a_gpu_that_can_not_be_asked_leaves_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "ASK_RUNNERS", "raise SystemExit('no driver')")
+    reasons = dict(hardware._missing_runners())
+    assert reasons.keys() == {"deep_gemm", "cutlass", "triton"}
+    assert "asking for it failed: no driver" in reasons["triton"]
+    monkeypatch.setattr(hardware, "ASK_RUNNERS", "print('a library says hello'); print('[[\"cutlass\", \"not installed\"]]')")
+    assert hardware._missing_runners() == (("cutlass", "not installed"),)
+    monkeypatch.setenv("MOESAIC_GPU_KERNELS", "torch")
+    assert dict(hardware._missing_runners())["deep_gemm"] == "MOESAIC_GPU_KERNELS=torch"
+
+
+def test_symm_wants_one_node_of_gpus_fp8_experts_and_whole_outputs() -> None:
+    symm: dict[str, Any] = {**DP2, "moe_a2a_backend": "symm"}
+    resolution = settle(FP8_SHAPE, GPU_BOX, **symm, quantization="fp8")
+    assert resolution.config.moe_a2a_backend == "symm"
+    assert row(resolution, "dispatch")["chosen"].startswith("low-latency steps over symmetric memory in FP8")
+    with pytest.raises(ConfigError, match="only CUDA devices write each other's memory, and the device is cpu"):
+        settle(FP8_SHAPE, **symm, quantization="fp8")
+    with pytest.raises(ConfigError) as caught:
+        settle(FP8_SHAPE, BARE_GPU_BOX, **symm, nnodes=2, dist_init_addr="a:1", enable_single_batch_overlap=True)
+    for reason in (
+        "kernels are Triton's: sm_80",
+        "--nnodes 2: only the GPUs of one node",
+        "tokens travel in FP8",
+        "not two halves",
+    ):
+        assert reason in str(caught.value)
+
+
 def test_too_few_gpus_are_named() -> None:
     with pytest.raises(ConfigError, match="4 ranks per node, and torch sees 2 CUDA devices"):
         settle(hardware=Hardware(num_cores=8, num_cuda_devices=2), tp_size=4, device="cuda")
@@ -205,6 +270,15 @@ def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
     assert settle(FP8_SHAPE).config.quantization == "none"
     assert "dequantised to float32" in row(settle(FP8_SHAPE), "quantisation")["chosen"]
     assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"
+
+
+def test_the_kv_cache_may_be_fp8() -> None:
+    assert settle().config.kv_dtype == "float32"
+    assert settle(kv_cache_dtype="fp8_e4m3").config.kv_dtype == "float8_e4m3fn"
+    assert "a CPU has no FP8" in row(settle(kv_cache_dtype="fp8_e4m3"), "KV cache")["chosen"]
+    assert settle(hardware=GPU_BOX, kv_cache_dtype="bf16").config.kv_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype bf16: the model computes in float32; use auto or fp8_e4m3"):
+        settle(kv_cache_dtype="bf16")
 
 
 def test_the_report_is_json_and_names_every_capability_once() -> None:
@@ -236,11 +310,20 @@ def test_a_role_decides_the_dispatch_mode(role: str, mode: str, flags: dict[str,
     assert row(settled, "role")["chosen"].startswith(role)
 
 
+def test_a_decode_instance_says_what_becomes_of_retracted_kv() -> None:
+    kept = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=1.5), "KV of retracted requests")
+    again = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=0.0), "KV of retracted requests")
+
+    assert "host memory, up to 1.5 GB per rank" in kept["chosen"]
+    assert again["chosen"] == "computed again"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"disaggregation_mode": "prefill", "deepep_mode": "low_latency"}, "prefill instances always take normal"),
         ({"disaggregation_mode": "prefill", "num_reserved_decode_tokens": 9}, "it is a setting of decode instances"),
+        ({"disaggregation_host_kv_gb": 1.0}, "it is a setting of decode instances"),
         ({"disaggregation_checksum": True}, "leave --disaggregation-checksum out, or use --disaggregation-mode decode"),
         ({"disaggregation_mode": "decode", "disaggregation_transfer_backend": "mooncake"}, "pip install mooncake"),
     ],

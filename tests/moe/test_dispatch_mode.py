@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatch_mode import DispatchMode, ModeFlag, resolve_dispatch_mode
+from moesaic.moe.dispatcher import DispatchPlan
 
 NORMAL, LOW_LATENCY, REFUSED = DispatchMode.NORMAL, DispatchMode.LOW_LATENCY, None
 CAP = 128

@@ -13,7 +13,7 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement
 from moesaic.moe.counted_exchange import CountedExchange
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.token_bytes import empty_token, pack_tokens, unpack_tokens
 
 MODES = list(DispatchMode)

@@ -12,8 +12,9 @@ from moesaic.kernels.activation import swiglu
 from moesaic.kernels.quant import round_to_fp8
 from moesaic.kernels.topk import grouped_topk
 from moesaic.moe.config import GateConfig
-from moesaic.moe.dispatcher import ContiguousRows, DispatchMode, MaskedRows
-from moesaic.moe.experts import ExpertWeights, TorchExpertRunner, make_expert_runner
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import ContiguousRows, MaskedRows
+from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP
 from moesaic.moe.layouts import ExpertLayout, arrange, per_choice, weighted
@@ -82,12 +83,6 @@ def test_no_rows_give_no_rows_in_both_layouts(fp8: bool) -> None:
     assert runner.run(ContiguousRows(hidden=torch.empty(0, HIDDEN), counts=[0] * EXPERTS)).shape == (0, HIDDEN)
     masked = MaskedRows(hidden=torch.empty(EXPERTS, 0, HIDDEN), counts=torch.zeros(EXPERTS, dtype=torch.long))
     assert runner.run(masked).shape == (EXPERTS, 0, HIDDEN)
-
-
-def test_an_unknown_runner_is_refused_by_name() -> None:
-    assert isinstance(make_expert_runner("torch", WEIGHTS, fp8_activations=False), TorchExpertRunner)
-    with pytest.raises(ValueError, match="'deep_gemm' is not built; choose 'torch'"):
-        make_expert_runner("deep_gemm", WEIGHTS, fp8_activations=False)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

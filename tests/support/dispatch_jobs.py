@@ -13,7 +13,8 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement
 from moesaic.moe.counted_exchange import CountedExchange
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan, MaskedRows
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import TopK
 

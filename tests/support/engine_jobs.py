@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepep_standin
 import rank_pool
 import torch
+from repeated_calls import RepeatedCalls
+from shared_windows import shared_windows
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
@@ -16,19 +19,25 @@ from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.graph_plan import GraphPlan
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
 from moesaic.launch.engine.recording import RecordingSettings
+from moesaic.launch.engine.retraction import RetractionCosts
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
+from moesaic.moe.deepep_config import DeepEPSettings
+
+ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
+"""As long as there is room."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """A layout and the engine's knobs; defaults are one rank with plenty of memory."""
+    """A layout and the engine's knobs; defaults are one rank with plenty of memory. With host pages, what is retracted is kept."""
 
     model_path: str
     tp: int = 1
@@ -40,6 +49,7 @@ class EngineSettings:
     dp_lm_head: bool = False
     page_size: int = 4
     num_pages: int = 256
+    num_host_pages: int = 0
     max_running: int = 32
     chunk_tokens: int = 128
     cap: int = 128
@@ -47,15 +57,18 @@ class EngineSettings:
     policy: str = "fcfs"
     prefix_cache: bool = True
     fp8_activations: bool = False
+    fp8_experts: bool = False
     alignment: int = 1
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     rebalance: RebalanceSettings | None = None
     split_from: SplitThresholds = field(default_factory=SplitThresholds)
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
+    graph_rows: tuple[int, ...] = ()
 
     @property
     def topology(self) -> Topology:
@@ -70,7 +83,7 @@ class EngineSettings:
 
 @dataclass
 class Finished:
-    """All that came back for one request."""
+    """All that came back for one request. `last_step`: its end came from this call of `step`, where traffic_jobs counts them."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -78,6 +91,7 @@ class Finished:
     cached_tokens: int = 0
     logprobs: list[Any] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)
+    last_step: int = -1
 
 
 def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any) -> GenerateRequest:
@@ -97,18 +111,38 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             model_path=settings.model_path,
             load_format=settings.load_format,
             dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
+            fp8_experts=settings.fp8_experts,
+            max_dispatch_tokens=settings.cap,
+            make_windows=shared_windows,
             alignment=settings.alignment,
             slots=settings.slots,
             single_batch_overlap=settings.single_batch_overlap,
+            deepep=_deepep(settings),
         ),
         load_model_config(settings.model_path),
         parallel,
     )
-    runner.allocate_kv(settings.num_pages)
+    runner.allocate_kv(settings.num_pages, settings.num_host_pages)
+    if settings.graph_rows:
+        widths = (8, -(-settings.context_length // settings.page_size))
+        plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
+        runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
     return runner
+
+
+def _deepep(settings: EngineSettings) -> DeepEPSettings:
+    if settings.a2a.startswith("deepep"):
+        deepep_standin.install()
+    return DeepEPSettings(
+        mode=settings.mode,  # type: ignore[arg-type]
+        max_tokens_per_rank=settings.cap,
+        max_normal_tokens_per_rank=settings.chunk_tokens + settings.max_running,
+        fp8=settings.fp8_activations,
+    )
 
 
 def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:
@@ -130,10 +164,12 @@ def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             mode=settings.mode,  # type: ignore[arg-type]
             cap=settings.cap,
             split_from=settings.split_from,
+            graph_rows=settings.graph_rows,
         ),
         recording=settings.recording,
         rebalance=settings.rebalance,
         overlap_schedule=settings.overlap_schedule,
+        retraction=ALWAYS_KEEP if settings.num_host_pages else None,
     )
     groups = make_engine_groups(topology, rebalances=settings.rebalance is not None, new_group=new_group)
     return assemble_engine(engine, runner, Activity(rank), groups)

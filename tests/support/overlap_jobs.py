@@ -28,7 +28,7 @@ def watch_forwards(engine: RankEngine) -> list[ForwardSeen]:
     seen: list[ForwardSeen] = []
     forward = engine.runner.forward
 
-    def noted(inputs: ForwardInput, observer: Any = None, split: ForwardSplit | None = None) -> Any:
+    def noted(inputs: ForwardInput, observer: Any = None, split: ForwardSplit | None = None, graph: Any = None) -> Any:
         seen.append(
             ForwardSeen(
                 num_tokens=len(inputs.input_ids),
@@ -37,7 +37,7 @@ def watch_forwards(engine: RankEngine) -> list[ForwardSeen]:
                 inside=split is not None and _inside_on_a_prefix(split),
             )
         )
-        return forward(inputs, observer, split)
+        return forward(inputs, observer, split, graph)
 
     engine.runner.forward = noted  # type: ignore[method-assign]
     return seen

@@ -30,21 +30,28 @@ DEADLINES = Deadlines(bootstrapping=20.0, waiting=20.0, transferring=20.0)
 
 @dataclass
 class Side:
-    """One engine with its rooms and what it has sent to clients."""
+    """One engine with its rooms and what it has sent to clients. `num_extends`: steps that computed prompts."""
 
     engine: RankEngine
     rooms: PrefillRooms | DecodeRooms
     transfer: PrefillTransfer | DecodeTransfer
     finished: dict[int, Finished] = field(default_factory=dict)
+    num_extends: int = 0
 
     def step(self) -> None:
         collect(self.finished, self.engine.advance_rooms())
         result = self.engine.step()
+        self.num_extends += result.step.extends
         collect(self.finished, every_output(result.outputs, result.rids, result.tokens))
 
     def stages(self) -> list[str]:
         """The stages of all open rooms."""
         return [entry.stage.name for entry in self.rooms._rooms._entries.values()]
+
+    @property
+    def used_host_pages(self) -> int:
+        host = self.engine.runner.host_kv
+        return 0 if host is None else host.num_pages - host.num_free
 
     @property
     def used_pages(self) -> int:
@@ -86,7 +93,7 @@ class Engines:
         )
 
     def nothing_held(self) -> bool:
-        return self.prefill.used_pages == self.decode.used_pages == 0
+        return self.prefill.used_pages == self.decode.used_pages == self.decode.used_host_pages == 0
 
 
 def abort(side: Side, rid: int) -> None:

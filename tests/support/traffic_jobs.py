@@ -63,7 +63,10 @@ class Traffic:
     def step(self) -> StepResult:
         result = self.engine.step()
         self.num_steps += 1
+        before = set(self.ended)
         collect(self.finished, self._checked(every_output(result.outputs, result.rids, result.tokens)))
+        for rid in self.ended - before:
+            self.finished[rid].last_step = self.num_steps
         return result
 
     def _checked(self, outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
@@ -78,6 +81,8 @@ class Traffic:
         scheduler = self.engine.scheduler
         assert scheduler.num_used_tokens == 0, f"{scheduler.num_used_tokens} tokens of KV leaked"
         assert scheduler.num_running == scheduler.num_waiting == 0
+        host = self.engine.runner.host_kv
+        assert host is None or host.num_free == host.num_pages, "pages of host memory leaked"
         scheduler.cache.flush()
         assert scheduler.cache.allocator.num_free == scheduler.config.num_pages
 
@@ -89,6 +94,8 @@ def traffic_job(rank: int, settings: EngineSettings, arrivals: list[Arrival]) ->
     dp_rank = settings.topology.place(rank).dp_rank
     traffic.run([arrival for arrival in arrivals if arrival.home % settings.dp == dp_rank])
     traffic.check_memory()
+    retraction = traffic.engine.load(dp_rank).retraction
+    assert retraction is None or retraction.num_restored_tokens > 0, "nothing was kept in host memory"
     return traffic.finished, traffic.engine.scheduler.num_retracted
 
 

@@ -17,7 +17,7 @@ from moesaic.launch.disaggregation.roles import (
     role_conflicts,
     role_mode,
 )
-from moesaic.moe.dispatcher import DispatchMode, ModeFlag
+from moesaic.moe.dispatch_mode import DispatchMode, ModeFlag
 
 CAP = 128
 NORMAL, LOW = DispatchMode.NORMAL, DispatchMode.LOW_LATENCY

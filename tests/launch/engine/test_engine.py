@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engine_jobs import EngineSettings, Finished, collect, engine_job, greedy_request, make_engine, merged, run_waves
+from engine_jobs import EngineSettings, Finished, collect, greedy_request, make_engine, run_waves
 from rank_pool import RankPool
 from tiny_models import TinyModel
+from traffic_jobs import Arrival, traffic_job
 
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, every_output
 
@@ -33,16 +34,20 @@ def test_retraction_loses_nothing(tiny: Tiny) -> None:
 
 
 def test_a_full_dp_rank_does_not_stop_the_others(tiny: Tiny, rank_pool: RankPool) -> None:
-    """DP rank 0 gets all the long work and queues; DP rank 1's requests finish right all the same."""
+    """DP rank 0 has more long work than memory, queues and retracts; DP rank 1's requests end in the very steps as without it."""
     model = tiny()
     settings = EngineSettings(model_path=str(model.folder), tp=2, dp=2, a2a="torch", num_pages=14, max_running=4)
-    wave = []
+    long = [Arrival(message=greedy_request(2 * i, _prompts(6)[i], 24), home=0) for i in range(6)]
+    short = [Arrival(message=greedy_request(2 * i + 1, [5 + i, 6], 3 + i), home=1, step=i) for i in range(6)]
+    (crowded, num_retracted), (beside, _) = rank_pool.run(2, traffic_job, settings, [*long, *short])
+    _, (alone, _) = rank_pool.run(2, traffic_job, settings, short)
+
+    assert num_retracted > 0
     for i in range(6):
-        wave += [greedy_request(2 * i, _prompts(6)[i], 24), greedy_request(2 * i + 1, [5 + i, 6], 3)]
-    finished = merged(rank_pool.run(2, engine_job, settings, [wave]))
-    for request in wave:
-        expected = model.greedy(list(request.input_ids), request.sampling.max_new_tokens)
-        assert finished[request.rid].tokens == expected
+        assert crowded[2 * i].tokens == model.greedy(_prompts(6)[i], 24)
+        assert beside[2 * i + 1].tokens == model.greedy([5 + i, 6], 3 + i)
+    assert {rid: entry.last_step for rid, entry in beside.items()} == {rid: entry.last_step for rid, entry in alone.items()}
+    assert max(entry.last_step for entry in crowded.values()) > 3 * max(entry.last_step for entry in beside.values())
 
 
 def test_a_request_that_can_never_fit_is_answered_at_once(tiny: Tiny) -> None:

@@ -143,15 +143,19 @@ def test_clients_see_the_same_with_and_without_overlap(layout: str, tiny: Tiny, 
         assert [entry.logprob for entry in one.logprobs] == pytest.approx([entry.logprob for entry in other.logprobs], abs=1e-4)
 
 
-@pytest.mark.parametrize("overlap_schedule", [True, False])
-@pytest.mark.parametrize("layout", ["tp1", "attention TP 2"])
+@pytest.mark.parametrize(
+    ("layout", "overlap_schedule", "num_host_pages"),
+    [("tp1", True, 0), ("tp1", False, 9), ("attention TP 2", True, 9), ("attention TP 2", False, 0)],
+)
 def test_retraction_loses_nothing_while_tokens_are_under_way(
-    layout: str, overlap_schedule: bool, tiny: Tiny, rank_pool: RankPool
+    layout: str, overlap_schedule: bool, num_host_pages: int, tiny: Tiny, rank_pool: RankPool
 ) -> None:
-    """Room for few sequences: the same traffic, with stops, penalties, seeds and aborts, is sent back and resumes."""
+    """Room for few sequences: the same traffic, with stops, penalties, seeds and aborts, is sent back and resumes. Host memory has
+    room for some of their KV, or there is none.
+    """
     model = tiny("plain")
     roomy = EngineSettings(model_path=str(model.folder), overlap_schedule=overlap_schedule, **LAYOUTS[layout])
-    tight = replace(roomy, num_pages=15, max_running=8)
+    tight = replace(roomy, num_pages=15, max_running=8, num_host_pages=num_host_pages)
 
     finished, num_retracted = _run(tight, _traffic(model), rank_pool)
 
@@ -189,12 +193,19 @@ def test_an_abort_at_any_step_ends_that_request_and_disturbs_no_other(overlap_sc
 
 
 @pytest.mark.parametrize("overlap_schedule", [True, False])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_rough_traffic_gives_the_oracles_tokens_and_leaks_no_page(seed: int, overlap_schedule: bool, tiny: Tiny) -> None:
-    """Shared prefixes, stops, aborts and memory pressure at random."""
+@pytest.mark.parametrize(("seed", "num_host_pages"), [(1, 0), (2, 10)])
+def test_rough_traffic_gives_the_oracles_tokens_and_leaks_no_page(
+    seed: int, num_host_pages: int, overlap_schedule: bool, tiny: Tiny
+) -> None:
+    """Shared prefixes, stops, aborts and memory pressure at random; retracted KV kept in host memory, some of it, or none."""
     model, rng = tiny("plain"), random.Random(seed)
     settings = EngineSettings(
-        model_path=str(model.folder), chunk_tokens=12, num_pages=18, max_running=6, overlap_schedule=overlap_schedule
+        model_path=str(model.folder),
+        chunk_tokens=12,
+        num_pages=18,
+        num_host_pages=num_host_pages,
+        max_running=6,
+        overlap_schedule=overlap_schedule,
     )
     traffic = Traffic(make_engine(settings))
     base = _prompts()[LONG]
@@ -220,7 +231,9 @@ def test_rough_traffic_gives_the_oracles_tokens_and_leaks_no_page(seed: int, ove
         assert found.tokens == (tokens[: len(found.tokens)] if rid in aborted else tokens), f"request {rid}"
     reasons = [entry.finish_reason for entry in traffic.finished.values()]
     assert all(reasons.count(reason) > 5 for reason in ("stop", "length", "abort"))
+    retraction = traffic.engine.load(0).retraction
     assert traffic.engine.scheduler.num_retracted > 0
+    assert (retraction is not None and retraction.num_restored_tokens > 0) == (num_host_pages > 0)
     traffic.check_memory()
 
 

@@ -18,7 +18,7 @@ from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.overlap_vote import propose_split
 from moesaic.launch.engine.plan import Plan
 from moesaic.launch.engine.step import SplitThresholds, StepHeader, StepRules, resolve_step
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 
 Tiny = Callable[..., TinyModel]
 RULES = StepRules(attn_tp_size=1, a2a=True, mode="auto", cap=64, split_from=SplitThresholds(prefill=16, decode=4))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from moesaic.launch.engine.step import StepHeader, StepRules, resolve_step
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 
 RULES = StepRules(attn_tp_size=1, a2a=True, mode="auto", cap=8)
 IDLE = StepHeader()

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moesaic.attention.backend import TorchBackend
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import ModelConfig, load_model_config
 from moesaic.launch.models.parallel import ParallelContext
-from moesaic.launch.models.weights import CheckpointError, CheckpointWeights, DummyWeights, Shard, WeightSource
+from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard, WeightSource
 
 Tiny = Callable[..., TinyModel]
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -41,6 +42,12 @@ class Listening:
         value = self._source.tensor(name, shape, dtype, shard)
         self.num_bytes += value.nbytes
         return value
+
+    def quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> tuple[Tensor, Tensor]:
+        self.asked.append((name, shard))
+        values, scales = self._source.quantized(name, shape, shard)
+        self.num_bytes += values.nbytes + scales.nbytes
+        return values, scales
 
     @property
     def names(self) -> list[str]:
@@ -149,23 +156,24 @@ def test_a_build_without_one_tensor_or_with_a_wrong_one_is_refused_by_name(damag
         _build(config, CheckpointWeights(damaged))
 
 
-def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny) -> None:
-    config = load_model_config(tiny("plain").folder)
-    real, dummy = Listening(CheckpointWeights(tiny("plain").folder)), Listening(DummyWeights())
-    _build(config, real)
-    _build(config, dummy)
+@pytest.mark.parametrize("fp8_experts", [False, True])
+def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_experts: bool) -> None:
+    folder = tiny("fp8", moe_intermediate_size=128, n_routed_experts=8, num_hidden_layers=2).folder
+    config, options = load_model_config(folder), BuildOptions(max_positions=64, fp8_experts=fp8_experts)
+    real, dummy = Listening(CheckpointWeights(folder)), Listening(DummyWeights())
+    for source in (real, dummy):
+        DeepseekV3Builder(config, source, ParallelContext(), TorchBackend(), options).build()
     assert dummy.asked == real.asked
     assert dummy.num_bytes == real.num_bytes
 
 
-def test_an_unknown_dispatch_backend_or_runner_is_refused_by_name(tiny: Tiny) -> None:
+def test_an_unknown_dispatch_backend_and_experts_that_cut_blocks_are_refused(tiny: Tiny) -> None:
     config = load_model_config(tiny("plain").folder)
-    with pytest.raises(ValueError, match="'deepep' is not built; choose 'none' or 'torch'"):
-        _build(config, DummyWeights(), a2a_backend="deepep")
-    with pytest.raises(ValueError, match="expert runner 'deep_gemm' is not built"):
-        DeepseekV3Builder(
-            config, DummyWeights(), ParallelContext(), TorchBackend(), BuildOptions(max_positions=64, expert_runner="deep_gemm")
-        ).build()
+    with pytest.raises(ValueError, match="'pplx' is not built; choose 'none', 'torch', 'symm' or 'deepep'"):
+        _build(config, DummyWeights(), a2a_backend="pplx")
+    options = BuildOptions(max_positions=64, fp8_experts=True)
+    with pytest.raises(ValueError, match="this rank's part of an expert is 32 wide, wanted a multiple of 128"):
+        DeepseekV3Builder(config, DummyWeights(), ParallelContext(), TorchBackend(), options).build()
 
 
 LOADER = """
@@ -173,6 +181,7 @@ import sys
 import torch
 from moesaic.attention.backend import TorchBackend
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights

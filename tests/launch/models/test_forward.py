@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
+from shared_windows import shared_windows
 from tiny_models import VARIANTS, TinyModel
 from torch import Tensor
 
@@ -19,7 +22,8 @@ from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan
 from moesaic.overlap.operations import OperationError
 
 Tiny = Callable[..., TinyModel]
@@ -31,12 +35,12 @@ class Driver:
     """One sequence on one rank, its pages in random order."""
 
     def __init__(
-        self, tiny_model: TinyModel, *, a2a: str = "none", mode: DispatchMode = DispatchMode.NORMAL, fp8_activations: bool = False
+        self, tiny_model: TinyModel, *, a2a: str = "none", mode: DispatchMode = DispatchMode.NORMAL, **options: Any
     ) -> None:
         config = load_model_config(tiny_model.folder)
-        options = BuildOptions(max_positions=config.max_position_embeddings, fp8_activations=fp8_activations)
+        build = BuildOptions(max_positions=config.max_position_embeddings, **options)
         weights = CheckpointWeights(tiny_model.folder)
-        builder = DeepseekV3Builder(config, weights, ParallelContext(a2a_backend=a2a), TorchBackend(), options)
+        builder = DeepseekV3Builder(config, weights, ParallelContext(a2a_backend=a2a), TorchBackend(), build)
         self.model: DeepseekV3 = builder.build()
         self.pool = LatentKVPool(
             num_layers=config.num_hidden_layers,
@@ -115,6 +119,29 @@ def test_w8a8_arithmetic_stays_near_the_oracle_and_an_idle_step_of_it_runs(tiny:
     logits, expected = driver.extend(TOKENS, 0, 21), tiny("fp8").logits(TOKENS)
     error = (logits - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.3, "rounded, and not wrong"
+
+
+@pytest.mark.parametrize(("a2a", "mode"), [("none", DispatchMode.NORMAL), ("torch", DispatchMode.LOW_LATENCY)])
+def test_experts_that_keep_their_fp8_compute_what_the_simulation_does(tiny: Tiny, a2a: str, mode: DispatchMode) -> None:
+    model = tiny("fp8", moe_intermediate_size=128, n_routed_experts=8, num_hidden_layers=2)
+    simulated = Driver(model, a2a=a2a, mode=mode, fp8_activations=True)
+    driver = Driver(model, a2a=a2a, mode=mode, fp8_activations=True, fp8_experts=True)
+    logits, expected = (each.extend(TOKENS, 0, 21) for each in (driver, simulated))
+    assert (logits - expected).norm() < 0.02 * expected.norm(), "a value between two FP8 steps may round either way"
+    assert driver.idle().shape == (0, 256)
+    assert {each.dtype for each in driver.model.experts[0].tensors} == {torch.float8_e4m3fn, torch.float32}
+
+
+@pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: the interpreter is off")
+def test_low_latency_steps_over_shared_memory_compute_what_others_do(tiny: Tiny) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+    model = tiny("fp8", **sizes, num_experts_per_tok=2, num_hidden_layers=2)
+    options = {"mode": DispatchMode.LOW_LATENCY, "fp8_activations": True, "fp8_experts": True}
+    by_memory = Driver(model, a2a="symm", max_dispatch_tokens=3, make_windows=shared_windows, **options)
+    by_collectives = Driver(model, a2a="torch", **options)
+    got, expected = (torch.cat([each.extend(TOKENS, 0, 3), each.decode(TOKENS, 3)]) for each in (by_memory, by_collectives))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert by_memory.idle().shape == (0, 256)
 
 
 @pytest.mark.parametrize("a2a", ["none", "torch"])

@@ -19,7 +19,8 @@ from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights
-from moesaic.moe.dispatcher import DispatchMode, DispatchPlan
+from moesaic.moe.dispatch_mode import DispatchMode
+from moesaic.moe.dispatcher import DispatchPlan
 
 Tiny = Callable[..., TinyModel]
 PAGE, PAGES_PER_SEQUENCE, CPU = 4, 8, torch.device("cpu")
