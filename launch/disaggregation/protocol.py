@@ -111,10 +111,10 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 _SAME_KV = (
     ("page_size", "page size", "start both with the same --page-size"),
-    ("kv_dtype", "KV dtype", "start both with the same --dtype"),
+    ("kv_dtype", "KV dtype", "start both with the same --dtype and --kv-cache-dtype"),
     ("model_id", "model", "serve the same --model-path on both"),
     ("num_layers", "number of layers", "serve the same --model-path on both"),
-    ("bytes_per_token", "KV bytes per token", "serve the same --model-path with the same --dtype on both"),
+    ("bytes_per_token", "KV bytes per token", "serve the same --model-path with the same --dtype and --kv-cache-dtype on both"),
 )
 
 
