@@ -22,6 +22,7 @@ PROMPTS = [[9, 8, 7, 6], [11] * 20, list(range(40, 110)), [300, 200, 100, 50, 25
 TORCH_EP = ("--moe-a2a-backend", "torch")
 DP2_EP2 = ("--tp", "2", "--dp", "2", "--enable-dp-attention", *TORCH_EP)
 DP4_EP4 = ("--tp", "4", "--dp", "4", "--enable-dp-attention", *TORCH_EP)
+SHORT = ("--disaggregation-timeout", "2")
 ATTENTION_TP2 = ("--tp", "2", *TORCH_EP)
 
 
@@ -92,6 +93,29 @@ def test_layouts_may_differ(
         batch = {**greedy(PROMPTS, 5), **pair.room([next_room() for _ in PROMPTS])}
         answers = pair.both("/generate", batch)[1].json()
         assert [answer["output_ids"] for answer in answers] == [model.greedy(prompt, 5) for prompt in PROMPTS]
+        wait_for(lambda: pair.used_tokens() == 0, 20)
+
+
+@pytest.mark.whole
+def test_fp8_kv_travels_as_it_is(model: TinyModel, tmp_path: Path) -> None:
+    """Tokens are those of one server with FP8 KV; KV of another dtype is refused with both values."""
+    fp8 = ("--kv-cache-dtype", "fp8_e4m3")
+    checked = (*fp8, *SHORT, "--disaggregation-checksum")
+    with (
+        pd_pair(model.folder, tmp_path, (*fp8, "--chunked-prefill-size", "16"), checked) as pair,
+        LiveServer(model.folder, tmp_path / "unified", *fp8, "--chunked-prefill-size", "16") as unified,
+        LiveServer(model.folder, tmp_path / "other", "--disaggregation-mode", "decode", *SHORT) as other,
+    ):
+        for prompt in PROMPTS:
+            body = greedy(prompt, 6)
+            prefilled, decoded = pair.both("/generate", {**body, **pair.room()})
+            with unified.client() as client:
+                expected = client.post("/generate", json=body).json()["output_ids"]
+            assert prefilled.status_code == 200 and decoded.json()["output_ids"] == expected
+        with other.client() as client:
+            refused = client.post("/generate", json={**greedy(PROMPTS[0], 2), **pair.room()})
+        assert refused.status_code == 502
+        assert "KV dtype differs: prefill has float8_e4m3fn, decode has float32" in refused.json()["error"]["message"]
         wait_for(lambda: pair.used_tokens() == 0, 20)
 
 
