@@ -59,9 +59,9 @@ class HostKVPool:
         host_pages = self._allocator.allocate(len(pages))
         index = self._on_device(pages)
         for layer in range(self._num_layers):
-            found = self._device_pool.pages(layer).index_select(0, index)
+            found = _bytes(self._device_pool, layer).index_select(0, index)
             for here, part in _runs(host_pages):
-                self._pool.pages(layer)[here].copy_(found[part], non_blocking=True)
+                _bytes(self._pool, layer)[here].copy_(found[part], non_blocking=True)
         if self.is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
         return host_pages
@@ -73,8 +73,8 @@ class HostKVPool:
         index = self._on_device(pages)
         for layer in range(self._num_layers):
             for here, part in _runs(host_pages):
-                found = self._pool.pages(layer)[here].to(self._device, non_blocking=True)
-                self._device_pool.pages(layer).index_copy_(0, index[part], found)
+                found = _bytes(self._pool, layer)[here].to(self._device, non_blocking=True)
+                _bytes(self._device_pool, layer).index_copy_(0, index[part], found)
 
     def free(self, host_pages: PageArray) -> None:
         """Give host pages back. AssertionError for pages that nobody holds."""
@@ -87,8 +87,13 @@ class HostKVPool:
         """So that copies run at the bus's speed, beside computation."""
         first = self._pool.pages(0)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(runtime.cudaHostRegister(first.data_ptr(), first.nbytes * self._num_layers, 0))
+        torch.cuda.check_error(runtime.cudaHostRegister(first.data_ptr(), first.untyped_storage().nbytes(), 0))
         weakref.finalize(self, runtime.cudaHostUnregister, first.data_ptr())
+
+
+def _bytes(pool: LatentKVPool, layer: int) -> Tensor:
+    """A layer's pages as uint8: torch indexes no FP8."""
+    return pool.pages(layer).view(torch.uint8)
 
 
 def _runs(pages: PageArray) -> Iterator[tuple[slice, slice]]:

@@ -57,7 +57,8 @@ class LatentKVPool:
 
     def clear(self, pages: Tensor) -> None:
         """Zero the listed pages, int64 [P], in all layers."""
-        self._rows.view(self._rows.shape[0], self.num_pages + 1, -1).index_fill_(1, pages, 0)
+        rows = self._rows.view(torch.uint8)  # torch fills no FP8
+        rows.view(rows.shape[0], self.num_pages + 1, -1).index_fill_(1, pages, 0)
 
     def gather(self, layer: int, page_table: Tensor) -> Tensor:
         """Rows of the listed pages: page_table int64 [B, P] -> [B, P * page_size, latent_dim]."""

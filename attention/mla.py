@@ -17,7 +17,7 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.extend_groups import ExtendGroup
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata
-from moesaic.kernels.gemm import linear
+from moesaic.kernels.gemm import Matrix, linear
 from moesaic.kernels.head_product import head_product
 from moesaic.kernels.latent_write import write_latent
 from moesaic.kernels.mla_prefill import padded_rows
@@ -35,13 +35,13 @@ class MLAWeights:
     fastest in the memory of kv_up_value: decode reads it with v as columns); `output` [H, N * v].
     """
 
-    down: Tensor
+    down: Matrix
     q_norm: Tensor | None
-    q_up: Tensor | None
+    q_up: Matrix | None
     kv_norm: Tensor
     kv_up_key: Tensor
     kv_up_value: Tensor
-    output: Tensor
+    output: Matrix
 
 
 class MultiHeadLatentAttention:
@@ -91,7 +91,7 @@ class MultiHeadLatentAttention:
     def blank_queries(self, num_tokens: int) -> Tensor:
         """Queries as `prepare` gives them, all zero."""
         heads = self._config.num_heads, self._config.qk_head_dim
-        return self._weights.down.new_zeros(num_tokens, *heads)
+        return self._weights.kv_norm.new_zeros(num_tokens, *heads)
 
     def output(self, attended: Tensor) -> Tensor:
         """[T, N * v] -> this rank's partial sum of the output projection, [T, H]."""

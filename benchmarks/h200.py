@@ -86,7 +86,7 @@ def _run_all(cases: list[Case]) -> tuple[list[Result], Ceilings]:
     begin, seed = time.monotonic(), int(time.time())
     torch.manual_seed(seed)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}")
-    ceilings = _measure_ceilings()
+    ceilings = measure_ceilings()
     print(f"copy {ceilings.copy / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s, fp8 {ceilings.fp8 / 1e12:.0f} TFLOP/s")
     results = []
     for case in cases:
@@ -100,7 +100,7 @@ def _run_all(cases: list[Case]) -> tuple[list[Result], Ceilings]:
     return results, ceilings
 
 
-def _measure_ceilings() -> Ceilings:
+def measure_ceilings() -> Ceilings:
     copy_us = _copy_us(2**31)
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))

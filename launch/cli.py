@@ -1,8 +1,8 @@
-"""The command `moesaic`: `moesaic serve ...`, `moesaic router ...`, `moesaic eplb ...`, `moesaic timeline ...` and others.
+"""The command `moesaic`: `moesaic serve ...`, `moesaic preflight ...`, `moesaic eplb ...` and others.
 
 Knows which subcommand goes where and how errors look on a terminal; everything heavy is imported by the subcommand that
-needs it. Exit codes: 0 a clean stop, 1 a server that failed while running, 2 a start that was refused, 130 Ctrl-C
-before the start.
+needs it. Exit codes: 0 a clean stop, 1 a server that failed while running (or a preflight that found a failure), 2 a start that was
+refused, 130 Ctrl-C before the start.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from moesaic.launch.version import version
 USAGE = """\
 usage: moesaic serve --model-path DIR [flags]    serve a model over HTTP (`moesaic serve --help` lists the flags)
        moesaic serve --model-path demo           serve the small model that comes with moesaic
+       moesaic preflight [flags of serve]        what would stop or slow it, on this node and all others, before weights load
        moesaic router [flags of sglang-router]   the router in front of servers, also of prefill and decode servers
        moesaic pd-demo                           a prefill server, a decode server and the router, with the small model
        moesaic eplb report DUMP                  balancedness of a recorded expert load
        moesaic eplb plan DUMP                    what-if: GPUs, redundant experts, policies, intervals
        moesaic timeline TRACE...                 what ran when, and how much communication was hidden
+       moesaic deploy-files DIR                  Slurm scripts and Kubernetes manifests, to be adapted
        moesaic --version
 """
 
@@ -39,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         case ["serve", *rest]:
             return _serve(rest)
+        case ["preflight", *rest]:
+            return _preflight(rest)
+        case ["deploy-files", *rest]:
+            return _deploy_files(rest)
         case ["router", *rest]:
             return _several("router", rest)
         case ["pd-demo", *rest]:
@@ -71,6 +77,30 @@ def _serve(arguments: list[str]) -> int:
     except RankFailedError as error:
         print(f"moesaic serve: {error}", file=sys.stderr)
         return 1
+
+
+def _preflight(arguments: list[str]) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        from moesaic.launch.preflight.command import run_preflight
+
+        return run_preflight(arguments)
+    except ConfigError as error:
+        print(f"moesaic preflight: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moesaic preflight: interrupted", file=sys.stderr)
+        return 130
+
+
+def _deploy_files(arguments: list[str]) -> int:
+    from moesaic.launch.deploy_files import run_deploy_files
+
+    try:
+        return run_deploy_files(arguments)
+    except ConfigError as error:
+        print(f"moesaic deploy-files: {error}", file=sys.stderr)
+        return 2
 
 
 def _several(command: Literal["router", "pd-demo"], arguments: list[str]) -> int:

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.kernels.grouped_backends import Name as RunnerName
+from moesaic.moe.deepep_config import DeepEPSettings
 
 DispatchMode = Literal["auto", "normal", "low_latency"]
 RecorderMode = Literal["stat", "per_pass", "per_token"]
-A2ABackend = Literal["none", "torch", "deepep"]
+A2ABackend = Literal["none", "torch", "symm", "deepep", "deepep_v2"]
 TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
+KVDTypeName = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class ServerConfig:
     moe_runner_backend: RunnerName | Literal["auto"] = "auto"
     deepep_mode: DispatchMode = "auto"
     deepep_max_dispatch_tokens_per_rank: int = 128
+    deepep_config: str | None = None
     # Placement of experts
     enable_eplb: bool = False
     ep_num_redundant_experts: int = 0
@@ -97,6 +100,7 @@ class ServerConfig:
     chunked_prefill_size: int | None = None
     max_prefill_tokens: int = 16384
     page_size: int | None = None
+    kv_cache_dtype: Literal["auto", "bf16", "bfloat16", "fp8_e4m3"] = "auto"
     schedule_policy: Literal["fcfs", "lpm"] = "fcfs"
     disable_radix_cache: bool = False
     radix_eviction_policy: Literal["lru"] = "lru"
@@ -127,6 +131,7 @@ class ResolvedConfig:
     the next one computes.
     `moe_runner_backends`: what computes the experts' products; of several the table of kernels/grouped_backends.py chooses
     by the product's shape.
+    `deepep`: what DeepEP is made with, where it is the `moe_a2a_backend`.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
     `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
     `dist_timeout` and `watchdog_timeout` are in seconds.
@@ -136,14 +141,16 @@ class ResolvedConfig:
     load_format: Literal["safetensors", "dummy"]
     device: DeviceName
     dtype: DTypeName
+    kv_dtype: KVDTypeName
     quantization: Literal["none", "fp8"]
     context_length: int
     communication_backend: Literal["gloo", "nccl"]
     attention_backend: Literal["torch"]
-    moe_a2a_backend: Literal["none", "torch"]
+    moe_a2a_backend: A2ABackend
     moe_runner_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int
+    deepep: DeepEPSettings
     enable_dp_lm_head: bool
     two_batch_overlap: bool
     single_batch_overlap: bool

@@ -174,10 +174,12 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     "experts": (
         _choice(
             "--moe-a2a-backend",
-            "how tokens reach their experts; none: all-gather and all-reduce",
+            "how tokens reach their experts; none: all-gather and all-reduce; symm: over memory that GPUs of a node share",
             "none",
             "torch",
+            "symm",
             "deepep",
+            "deepep_v2",
         ),
         _choice(
             "--moe-runner-backend",
@@ -196,6 +198,11 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "--deepep-max-dispatch-tokens-per-rank",
             "most tokens a rank may bring into a low-latency step",
             positive_int,
+        ),
+        _flag(
+            "--deepep-config",
+            "tuning of DeepEP's normal kernels: JSON, or a file of it, with normal_dispatch and normal_combine",
+            metavar="JSON",
         ),
     ),
     "placement of experts": (
@@ -302,6 +309,9 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--chunked-prefill-size", "prompt tokens per step, on the whole server; -1: whole prompts", chunk_size),
         _flag("--max-prefill-tokens", "prompt tokens that one DP rank admits in one step", positive_int),
         _flag("--page-size", "KV cache tokens per page (16 CPU, 64 CUDA)", positive_int),
+        _choice(
+            "--kv-cache-dtype", "auto: the model's; fp8_e4m3: half of bfloat16's memory", "auto", "bf16", "bfloat16", "fp8_e4m3"
+        ),
         _choice("--schedule-policy", "order of admission; lpm: longest cached prefix first", "fcfs", "lpm"),
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
@@ -351,7 +361,6 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
 # SGLang's defaults count as off, so that a script that spells them out keeps working.
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
-    *_later("DeepEP", deepep_config=()),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
     *_later("deterministic logits", deterministic=None),

@@ -11,7 +11,7 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.report import Choice
 from moesaic.launch.topology import Topology
 
-CAPTURABLE_BACKENDS = frozenset({"deepep", "symm"})
+CAPTURABLE_BACKENDS = frozenset({"deepep", "deepep_v2", "symm"})
 """Whose low-latency mode never waits for a number on the CPU."""
 WAITING_CHOICES = frozenset({"balanced", "activated"})
 """Replica choices that are made on the CPU, batch by batch (eplb/replica_choice.py)."""

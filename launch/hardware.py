@@ -28,6 +28,11 @@ from moesaic.kernels.grouped_backends import NAMES, unfit_reason
 capability = torch.cuda.get_device_capability(0)
 print(json.dumps([(name, reason) for name in NAMES if (reason := unfit_reason(name, capability))]))
 """
+ASK_DEEPEP = """
+import json, sys
+from moesaic.moe.deepep_library import why_missing
+print(json.dumps(why_missing(sys.argv[1])))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class Hardware:
     """`num_cores` are the cores this process may use, not the machine's.
 
     `cuda_missing` says why there is no CUDA device, `cpu_kernels_missing` why there are no compiled CPU kernels (None: there are),
-    `runners_missing` why experts can't be computed on the CUDA devices by this or that backend.
+    `runners_missing` why experts can't be computed on the CUDA devices by this or that backend, `deepep_missing` why there is no
+    DeepEP, if it was asked for.
     """
 
     num_cores: int
@@ -43,10 +49,13 @@ class Hardware:
     cuda_missing: str = NO_DEVICE
     cpu_kernels_missing: str | None = None
     runners_missing: tuple[tuple[Name, str], ...] = ()
+    deepep_missing: str | None = None
 
 
-def detect_hardware(device: str) -> Hardware:
-    """Look around. Without a driver, or with `device` "cpu", this spares the seconds that importing torch takes."""
+def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
+    """Look around, and for DeepEP if this is its backend. Without a driver, or with `device` "cpu", this spares the seconds that
+    importing torch takes.
+    """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device == "cpu":
         return _without_cuda(num_cores, "--device cpu")
@@ -59,7 +68,28 @@ def detect_hardware(device: str) -> Hardware:
     num_devices = torch.cuda.device_count()
     if not num_devices:
         return _without_cuda(num_cores, NO_DEVICE)
-    return Hardware(num_cores=num_cores, num_cuda_devices=num_devices, runners_missing=_missing_runners())
+    return Hardware(
+        num_cores=num_cores,
+        num_cuda_devices=num_devices,
+        runners_missing=_missing_runners(),
+        deepep_missing=_missing_deepep(a2a_backend),
+    )
+
+
+def _missing_deepep(backend: str) -> str | None:
+    """Found out by a process of its own, as the runners are."""
+    if not backend.startswith("deepep"):
+        return None
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ASK_DEEPEP, backend], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
+        )
+        reason: str | None = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        return "asking for DeepEP failed: " + "".join(error.stderr.strip().splitlines()[-1:])
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        return f"asking for DeepEP failed: {error}"
+    return reason
 
 
 def _missing_runners() -> tuple[tuple[Name, str], ...]:

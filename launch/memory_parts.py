@@ -14,11 +14,10 @@ from moesaic.attention.config import MAX_GROUP_TOKENS
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.dispatch_limits import tokens_cap_per_dp
 from moesaic.launch.models.config import ModelConfig
-from moesaic.launch.models.tensors import KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
+from moesaic.launch.models.tensors import FP8_BLOCK, KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
 from moesaic.launch.topology import Topology
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-FP8_BLOCK = 128
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BYTES = 4
 SKEW = 2
 """How many times its fair share of a step's tokens the estimate lets one rank receive in the normal mode."""
@@ -47,7 +46,7 @@ def no_buffers(config: ResolvedConfig, topology: Topology) -> tuple[MemoryItem, 
 class MemoryInputs:
     """`num_slots`: expert slots of a layer, on all ranks. `experts_move`: weights are exchanged while serving.
 
-    `fp8_weights`: FP8 matrices are kept as stored, with their scales, rather than in `config.dtype`. `communication`: the buffers
+    `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype`. `communication`: the buffers
     that the all-to-all backend keeps. `graph_batch_sizes`: tokens per rank of the graphs that are captured.
     """
 
@@ -56,7 +55,7 @@ class MemoryInputs:
     config: ResolvedConfig
     num_slots: int
     experts_move: bool = False
-    fp8_weights: bool = False
+    fp8: frozenset[Kind] = frozenset()
     communication: BufferSizes = no_buffers
     graph_batch_sizes: tuple[int, ...] = ()
 
@@ -87,7 +86,7 @@ def expert_bytes(inputs: MemoryInputs) -> int:
 
 def kv_bytes_per_token(inputs: MemoryInputs) -> int:
     """Exactly (kv_lora_rank + rope) elements per layer."""
-    return inputs.model.num_hidden_layers * inputs.model.latent_dim * inputs.element_bytes
+    return inputs.model.num_hidden_layers * inputs.model.latent_dim * DTYPE_BYTES[inputs.config.kv_dtype]
 
 
 def rope_table_bytes(inputs: MemoryInputs) -> int:
@@ -199,6 +198,6 @@ def _tensor_bytes(inputs: MemoryInputs, spec: TensorSpec, parts: int) -> int:
     shape = spec.part(parts)
     if spec.fp32:
         return math.prod(shape) * 4
-    if spec.blocks and inputs.fp8_weights:
+    if spec.blocks and spec.kind in inputs.fp8:
         return math.prod(shape) + math.prod(-(-size // FP8_BLOCK) for size in shape) * SCALE_BYTES
     return math.prod(shape) * inputs.element_bytes

@@ -22,6 +22,7 @@ from moesaic.launch.memory_parts import (
     staging_bytes,
     weight_bytes,
 )
+from moesaic.launch.models.tensors import Kind
 from moesaic.launch.report import Choice
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def _min_kv_tokens(config: ResolvedConfig) -> int:
     return max(1, config.max_total_tokens // config.page_size) * config.page_size
 
 
-def _weight_basis(inputs: MemoryInputs, kind: str) -> str:
-    stored = "FP8 with scales" if inputs.fp8_weights else inputs.config.dtype
+def _weight_basis(inputs: MemoryInputs, kind: Kind) -> str:
+    stored = "FP8 with scales" if kind in inputs.fp8 else inputs.config.dtype
     if kind == "routed experts":
         return f"{inputs.slots_per_rank} of {inputs.num_slots} slots in each of {len(inputs.model.sparse_layers)} layers, {stored}"
     if kind == "gates and norms":

@@ -56,7 +56,7 @@ def meet(meeting: Meeting, settings: Mapping[str, str]) -> TCPStore:
     from torch.distributed import DistError
 
     deadline = time.monotonic() + meeting.timeout
-    store = _open_store(meeting, deadline)
+    store = open_store(meeting, deadline)
     try:
         store.set(f"node/{meeting.node_rank}", json.dumps(dict(settings)))
         verdict = _judge(meeting, store, deadline) if meeting.node_rank == 0 else _await_verdict(meeting, store, deadline)
@@ -71,7 +71,8 @@ def meet(meeting: Meeting, settings: Mapping[str, str]) -> TCPStore:
     return store
 
 
-def _open_store(meeting: Meeting, deadline: float) -> TCPStore:
+def open_store(meeting: Meeting, deadline: float) -> TCPStore:
+    """The nodes' common store; node 0 hosts it. Raises RendezvousError when it can't be had until `deadline` (monotonic)."""
     from torch._C import _distributed_c10d as c10d
     from torch.distributed import DistError
 

@@ -13,8 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
-from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, ResolvedConfig, ServerConfig
+from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, KVDTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
+from moesaic.launch.deepep_rules import (
+    DEEPEP_BACKENDS,
+    deepep_conflicts,
+    deepep_flag_conflicts,
+    deepep_row,
+    deepep_settings,
+    exchange_shape,
+    plan_of,
+    refuse_missing,
+)
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
@@ -26,7 +36,9 @@ from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
 from moesaic.launch.runner_choice import resolve_runners
+from moesaic.launch.symm_rules import symm_conflicts
 from moesaic.launch.topology import ModelShape, Topology
+from moesaic.moe.deepep_config import DeepEPSettings
 
 NOT_BUILT = "not built yet"
 FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
@@ -50,7 +62,8 @@ class Resolution:
 
 def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Resolution:
     """Check the layout, settle every choice, check again what depends on the settled sizes, and apply `--strict`."""
-    refuse([*layout_conflicts(config), *overlap_conflicts(config), *role_flag_conflicts(config)])
+    flag_conflicts = (layout_conflicts, overlap_conflicts, role_flag_conflicts, deepep_flag_conflicts)
+    refuse([conflict for conflicts in flag_conflicts for conflict in conflicts(config)])
     refuse(model_conflicts(config, shape))
     topology = Topology.from_config(config)
     device, device_choice = _resolve_device(config, topology, hardware)
@@ -61,6 +74,9 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     runners, runner_choice = resolve_runners(
         config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
     )
+    kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
+    refuse(symm_conflicts(config, device, hardware))
+    refuse_missing(config, device, hardware)
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
     resolved = ResolvedConfig(
@@ -68,14 +84,16 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         quantization=quantization,
         context_length=_context_length(config, shape),
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
-        moe_a2a_backend="torch" if config.moe_a2a_backend == "torch" else "none",
+        moe_a2a_backend=config.moe_a2a_backend,
         moe_runner_backends=runners,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
+        deepep=DeepEPSettings(),
         enable_dp_lm_head=config.enable_dp_lm_head,
         two_batch_overlap=config.enable_two_batch_overlap,
         single_batch_overlap=config.enable_single_batch_overlap,
@@ -101,6 +119,8 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         log_level=config.log_level,
     )
     refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
+    if config.moe_a2a_backend in DEEPEP_BACKENDS:
+        resolved, mode_choice = _with_deepep(config, resolved, shape, topology)
     cuda_graph_rows, graph_choice = choose_graphs(config, resolved, topology)
     resolved = replace(resolved, cuda_graph_rows=cuda_graph_rows)
     choices = (
@@ -112,6 +132,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
+        kv_choice,
         _prefix_cache_choice(config),
         graph_choice,
         _overlap_choice(config, device),
@@ -169,9 +190,18 @@ def _resolve_quantization(
     )
 
 
+def _with_deepep(
+    config: ServerConfig, resolved: ResolvedConfig, shape: ModelShape, topology: Topology
+) -> tuple[ResolvedConfig, Choice]:
+    """With what DeepEP is to be made with, and the report's row of it."""
+    resolved = replace(resolved, deepep=deepep_settings(config, resolved, topology))
+    refuse(deepep_conflicts(config, resolved, shape, topology))
+    slots = shape.num_experts + config.ep_num_redundant_experts
+    exchange = exchange_shape(topology, num_slots=slots, hidden_size=shape.hidden_size, topk=shape.topk)
+    return resolved, Choice(capability="dispatch", chosen=deepep_row(resolved, plan_of(resolved, exchange)))
+
+
 def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
-    if config.moe_a2a_backend == "deepep":
-        raise ConfigError(f"--moe-a2a-backend deepep: {NOT_BUILT}; use --moe-a2a-backend torch")
     if config.moe_a2a_backend == "none":
         # The low-latency layout would fix sizes for a communication that has none to save: only on explicit demand.
         unified: DispatchMode = "normal" if config.deepep_mode == "auto" else config.deepep_mode
@@ -179,8 +209,10 @@ def _resolve_dispatch(config: ServerConfig) -> tuple[DispatchMode, Choice]:
         return mode, Choice(capability="dispatch", chosen=f"none (all-gather, all-reduce), mode {mode}")
     mode = role_mode(config.disaggregation_mode, config.deepep_mode)
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
-    refused = (("deepep", NOT_BUILT),)
-    return mode, Choice(capability="dispatch", chosen=f"torch all-to-all, mode {rule}", refused=refused)
+    how = "torch all-to-all"
+    if config.moe_a2a_backend == "symm":
+        how = "low-latency steps over symmetric memory in FP8, others by torch all-to-all"
+    return mode, Choice(capability="dispatch", chosen=f"{how}, mode {rule}")
 
 
 def _attention_choice(config: ServerConfig, device: DeviceName) -> Choice:
@@ -211,6 +243,15 @@ def _cpu_kernels_choice(hardware: Hardware, device: DeviceName) -> Choice:
         downgrade=hardware.cpu_kernels_missing != wanted,
         accept=f"the environment variable {wanted}",
     )
+
+
+def _resolve_kv_dtype(config: ServerConfig, device: DeviceName, dtype: DTypeName) -> tuple[KVDTypeName, Choice]:
+    if config.kv_cache_dtype == "fp8_e4m3":
+        how = ", computed by torch, slowly: a CPU has no FP8" if device == "cpu" else ""
+        return "float8_e4m3fn", Choice(capability="KV cache", chosen=f"FP8 (e4m3), scale 1{how}")
+    if config.kv_cache_dtype != "auto" and dtype != "bfloat16":
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the model computes in {dtype}; use auto or fp8_e4m3")
+    return dtype, Choice(capability="KV cache", chosen=dtype)
 
 
 def _prefix_cache_choice(config: ServerConfig) -> Choice:

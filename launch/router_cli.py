@@ -28,9 +28,11 @@ def router_command(arguments: Sequence[str]) -> list[str]:
     given = {argument.partition("=")[0] for argument in arguments}
     defaults = dict(_DEFAULTS)
     if "--pd-disaggregation" in given and "--policy" not in given:
-        # Prompts with a known beginning go where it is cached; decode goes where there is most room (which takes two to compare).
-        several = sum(argument.partition("=")[0] == "--decode" for argument in arguments) > 1
-        defaults |= {"--prefill-policy": "cache_aware", "--decode-policy": "power_of_two" if several else "round_robin"}
+        # Each side's requests go where there is most room, which takes two to compare. (cache_aware would suit prefill better, but
+        # in this mode router 0.3.2 never fills its tree and places at random: sgl-project/sglang#25184.)
+        for side in ("prefill", "decode"):
+            several = sum(argument.partition("=")[0] == f"--{side}" for argument in arguments) > 1
+            defaults[f"--{side}-policy"] = "power_of_two" if several else "round_robin"
     added = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
     return [sys.executable, "-m", "sglang_router.launch_router", *arguments, *added]
 

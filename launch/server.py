@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
@@ -32,6 +33,7 @@ from moesaic.launch.http.serve import serve as serve_http
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.memory_plan import memory_rows
 from moesaic.launch.multi_node import GRACE_SECONDS, rank_specs, run_other_node, watched_nodes
+from moesaic.launch.preflight.command import quick_look, refuse_unready
 from moesaic.launch.rendezvous import NodeWatch
 from moesaic.launch.report import report_rows
 from moesaic.launch.startup import Plan, make_plan
@@ -54,6 +56,8 @@ def serve(config: ServerConfig) -> int:
     plan = make_plan(config)
     with contextlib.closing(_bind(config)) as sock:
         show_plan(console, plan)
+        for words in refuse_unready(quick_look(config, plan)):
+            console.print(f"[yellow]warning[/] {escape(words)}", highlight=False)
         if config.nnodes > 1:
             console.print(f"meeting {config.nnodes} nodes at {config.dist_init_addr}", highlight=False)
         with _bootstrap_server(config), plan_endpoints(config) as endpoints, watched_nodes(plan) as watch:

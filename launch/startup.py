@@ -10,11 +10,13 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from moesaic.launch.args import resolve_model_path
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
+from moesaic.launch.deepep_rules import deepep_memory
 from moesaic.launch.engine.memory import DeviceMemory, measure_memory
 from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
@@ -73,7 +75,7 @@ def make_plan(config: ServerConfig) -> Plan:
     except ModelConfigError as error:
         raise ConfigError(f"--model-path {config.model_path}: {error}") from None
     shape = model_shape(model)
-    resolution = resolve(config, shape, detect_hardware(config.device))
+    resolution = resolve(config, shape, detect_hardware(config.device, config.moe_a2a_backend))
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
     overlap = plan_overlap(config, resolution.config, model, resolution.topology)
@@ -98,12 +100,16 @@ def make_plan(config: ServerConfig) -> Plan:
 def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan) -> MemoryPlan:
     """Raises ConfigError for what can't fit."""
     location = experts.slots.location
+    num_slots = model.n_routed_experts if location is None else location.num_slots
     inputs = MemoryInputs(
         model=model,
         topology=resolution.topology,
         config=resolution.config,
-        num_slots=model.n_routed_experts if location is None else location.num_slots,
+        num_slots=num_slots,
         experts_move=experts.slots.movable,
+        graph_batch_sizes=resolution.config.cuda_graph_rows,
+        fp8=frozenset({"routed experts"} if resolution.config.fp8_experts else ()),
+        communication=partial(deepep_memory, model, num_slots),
     )
     plan = plan_memory(inputs, _memory_of_a_rank(resolution))
     refuse_memory(inputs, plan)
@@ -134,6 +140,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
         context_length=model.max_position_embeddings,
         num_shared_experts=model.n_shared_experts,
         v_head_dim=model.v_head_dim,
+        topk=model.num_experts_per_tok,
         fp8_checkpoint=model.fp8_block is not None,
     )
 

@@ -39,6 +39,7 @@ class ModelShape:
     vocab_size: int
     context_length: int
     hidden_size: int = 128
+    topk: int = 8
     num_shared_experts: int = 0
     v_head_dim: int = 128
     fp8_checkpoint: bool = False

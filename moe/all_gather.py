@@ -93,7 +93,8 @@ class AllGatherDispatcher:
             local = ids - self._placement.first
             ids = torch.where((local >= 0) & (local < self._placement.num_local), local, -1)
         handle.weights = weights
-        layout = ExpertLayout(mode=handle.plan.mode, num_local=self._placement.num_local, alignment=self._alignment)
+        place = self._placement
+        layout = ExpertLayout(mode=handle.plan.mode, num_local=place.num_local, alignment=self._alignment, ep_size=place.ep_size)
         arranged = arrange(hidden, ids, layout)
         handle.layout = arranged
         return Received(rows=arranged.rows, handle=handle)

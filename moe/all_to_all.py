@@ -97,7 +97,8 @@ class AllToAllDispatcher:
             handle.sent, handle.arrived = ([sum(parts) for parts in each] for each in (handle.counted.sent, handle.counted.counts))
         assert handle.received is not None, "dispatch_b comes after dispatch_a"
         hidden, ids, handle.weights = unpack_tokens(handle.received, handle.hidden.dtype, handle.topk.ids.shape[1])
-        layout = ExpertLayout(mode=handle.mode, num_local=self._placement.num_local, alignment=self._alignment)
+        place = self._placement
+        layout = ExpertLayout(mode=handle.mode, num_local=place.num_local, alignment=self._alignment, ep_size=place.ep_size)
         arranged = arrange(hidden, ids, layout)
         handle.layout = arranged
         return Received(rows=arranged.rows, handle=handle)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.activation import swiglu
-from moesaic.kernels.gemm import linear
+from moesaic.kernels.gemm import Matrix, linear
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertRunner
 from moesaic.moe.gate import Gate, TopK
@@ -20,8 +20,8 @@ from moesaic.moe.gate import Gate, TopK
 class DenseMLP:
     """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Gives the shard's partial sum."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     fp8_activations: bool = False
 
     def __call__(self, hidden: Tensor) -> Tensor:

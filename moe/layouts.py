@@ -13,11 +13,19 @@ from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
-    """How the rows of a dispatch lie: the mode's layout for `num_local` experts, blocks aligned (contiguous rows only)."""
+    """How the rows of a dispatch lie: the mode's layout for `num_local` experts, blocks aligned (contiguous rows only).
+
+    `ep_size` ranks share the choices of the received tokens.
+    """
 
     mode: DispatchMode
     num_local: int
     alignment: int
+    ep_size: int = 1
+
+    def expected_rows(self, num_choices: int) -> int:
+        """Of one expert on average, when `num_choices` fall on those of all ranks."""
+        return max(1, -(-num_choices // (self.num_local * self.ep_size)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,7 @@ def arrange(hidden: Tensor, local_ids: Tensor, layout: ExpertLayout) -> Arranged
     The masked layout has room for all M tokens at every expert, as the fixed low-latency layout does.
     """
     row_map, counts = _map(local_ids, layout)
-    rows = _as_rows(to_rows(hidden, row_map), counts, layout, len(local_ids))
+    rows = _as_rows(to_rows(hidden, row_map), counts, layout, row_map)
     return Arranged(layout=layout, rows=rows, row_map=row_map, local_ids=local_ids)
 
 
@@ -48,17 +56,16 @@ class ArrangedPart:
     """
 
     whole: Arranged
-    num_tokens: int
     row_map: RowMap
     counts: list[int] | Tensor
     origin: Tensor
 
     def pick(self, rows: ExpertRows) -> ExpertRows:
         """Rows [.., any width] in the whole's layout -> this part's."""
-        picked = _as_rows(self._pick(rows.hidden), self.counts, self.whole.layout, self.num_tokens)
+        picked = _as_rows(self._pick(rows.hidden), self.counts, self.whole.layout, self.row_map)
         if rows.scales is None:
             return picked
-        scales = _as_rows(self._pick(rows.scales), self.counts, self.whole.layout, self.num_tokens).hidden
+        scales = _as_rows(self._pick(rows.scales), self.counts, self.whole.layout, self.row_map).hidden
         return replace(picked, scales=scales)
 
     def _pick(self, rows: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def part_of(whole: Arranged, tokens: Tensor) -> ArrangedPart:
     origin = row_map.row.new_zeros(row_map.num_rows + 1)
     targets = row_map.row if row_map.elsewhere is None else row_map.row.masked_fill(row_map.elsewhere, row_map.num_rows)
     origin.index_copy_(0, targets.flatten(), whole.row_map.row[tokens].flatten())  # choices elsewhere: into a row past the end
-    return ArrangedPart(whole=whole, num_tokens=len(tokens), row_map=row_map, counts=counts, origin=origin[: row_map.num_rows])
+    return ArrangedPart(whole=whole, row_map=row_map, counts=counts, origin=origin[: row_map.num_rows])
 
 
 def _map(local_ids: Tensor, layout: ExpertLayout) -> tuple[RowMap, list[int] | Tensor]:
@@ -82,10 +89,11 @@ def _map(local_ids: Tensor, layout: ExpertLayout) -> tuple[RowMap, list[int] | T
     return row_map, row_map.counts
 
 
-def _as_rows(flat: Tensor, counts: list[int] | Tensor, layout: ExpertLayout, num_tokens: int) -> ExpertRows:
+def _as_rows(flat: Tensor, counts: list[int] | Tensor, layout: ExpertLayout, row_map: RowMap) -> ExpertRows:
     if isinstance(counts, list):
         return ContiguousRows(hidden=flat, counts=counts)
-    return MaskedRows(hidden=flat.view(layout.num_local, num_tokens, flat.shape[1]), counts=counts)
+    hidden = flat.view(layout.num_local, len(row_map.row), flat.shape[1])
+    return MaskedRows(hidden=hidden, counts=counts, expected_rows=layout.expected_rows(row_map.row.numel()))
 
 
 def per_choice(expert_rows: Tensor, row_map: RowMap) -> Tensor:

@@ -182,7 +182,7 @@ def _return_kernel(
         tl.store(address.to(tl.pointer_type(expert_rows.dtype.element_ty)) + columns, values, mask=columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _sum_kernel(
     returned: tl.tensor,
     topk_ids: tl.tensor,
@@ -192,22 +192,24 @@ def _sum_kernel(
     late: tl.tensor,
     step: tl.tensor,
     num_ranks: tl.tensor,
+    num_tokens: tl.tensor,
     most_polls: tl.tensor,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOPK: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
+    """A rank without tokens waits too: its next dispatch may not meet one that is still being read."""
     token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     came = _all_came(flags, late, step, num_ranks, most_polls, RANKS)
     total = tl.zeros([TILE], dtype=tl.float32)
     for k in tl.static_range(TOPK):
         choice = token * TOPK + k
-        is_here = tl.load(topk_ids + choice) >= 0
+        is_here = tl.load(topk_ids + choice, mask=token < num_tokens, other=-1) >= 0
         values = tl.load(returned + choice * WIDTH + columns, mask=(columns < WIDTH) & is_here, other=0.0).to(tl.float32)
-        total += tl.where(is_here, tl.load(weights + choice), 0.0) * values
+        total += tl.load(weights + choice, mask=is_here, other=0.0) * values
     total = tl.where(came, total, float("nan"))
-    tl.store(out + token * WIDTH + columns, total.to(out.dtype.element_ty), mask=columns < WIDTH)
+    tl.store(out + token * WIDTH + columns, total.to(out.dtype.element_ty), mask=(columns < WIDTH) & (token < num_tokens))
 
 
 def dispatch_send(hidden: Tensor, topk_ids: Tensor, window: PeerWindow) -> None:
@@ -317,11 +319,12 @@ def combine_receive(topk_ids: Tensor, weights: Tensor, window: PeerWindow) -> Te
     tile = min(TILE, power_of_two(layout.hidden))
     launch(
         _sum_kernel,
-        (len(out), ceil_div(layout.hidden, tile)),
+        (max(len(out), 1), ceil_div(layout.hidden, tile)),
         returned=window.part(layout.returned_at, layout.max_tokens * layout.topk * layout.hidden, layout.dtype),
         topk_ids=topk_ids,
         weights=weights,
         out=out,
+        num_tokens=len(out),
         WIDTH=layout.hidden,
         TOPK=layout.topk,
         TILE=tile,

@@ -59,7 +59,7 @@ def kv_layout(spec: RankSpec, engine: RankEngine) -> KVLayout:
         dp_size=topology.dp_size,
         ep_size=topology.ep_size,
         page_size=spec.config.page_size,
-        kv_dtype=spec.config.dtype,
+        kv_dtype=spec.config.kv_dtype,
         bytes_per_token=runner.kv_bytes_per_token,
         num_layers=runner.model_config.num_hidden_layers,
     )

@@ -219,7 +219,7 @@ class ReceiverRoom:
         numbers = np.asarray(pages.numbers, dtype=np.int64)[offsets]
         read, num_runs = self._owner.begin(source, targets, numbers)
         checksums = [pages.checksums[offset] for offset in offsets.tolist()] if pages.checksums else []
-        self._reads.add(Fetch(read=read, targets=targets.tolist(), checksums=checksums), num_runs)
+        self._reads.add(Fetch(peer=source.link.peer, read=read, targets=targets.tolist(), checksums=checksums), num_runs)
         if read.ended:
             self.collect()
 

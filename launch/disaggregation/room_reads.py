@@ -26,8 +26,9 @@ class TransferStats:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fetch:
-    """A read into the pages `targets`, which are to have these checksums (empty: not checked)."""
+    """A read from `peer` into the pages `targets`, which are to have these checksums (empty: not checked)."""
 
+    peer: str
     read: Read
     targets: Sequence[int]
     checksums: Sequence[int]
@@ -75,7 +76,7 @@ class RoomReads:
     def check(self, fetch: Fetch) -> tuple[FailureKind, str] | None:
         """Count the pages of an ended read as arrived; or what is wrong with them."""
         if fetch.read.error is not None:
-            return "lost", fetch.read.error
+            return "lost", f"{fetch.peer}: {fetch.read.error}"
         for page, expected in zip(fetch.targets, fetch.checksums, strict=bool(fetch.checksums)):
             found = self._memory.checksum(page)
             if found != expected:

@@ -117,8 +117,8 @@ class TcpReader:
                 self._end(read, "given up before it began")
                 continue
             runs = b"".join(RUN.pack(run.source, run.num_pages) for run in read.runs)
+            self._requested.append(read)  # before it is sent: sending may fail, and every read must end
             connection.sendall(REQUEST.pack(MAGIC, read.number, len(read.runs)) + runs)
-            self._requested.append(read)
         return True
 
     def _receive(self, connection: socket.socket, read: TcpRead) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 
 from moesaic.launch.disaggregation.memory import PagedMemory
 from moesaic.launch.disaggregation.tcp_wire import ANSWER, CLOSE_S, MAGIC, MAX_RUNS, REQUEST, RUN, fill, send_all, tune
+
+RETRY_S = 0.1
 
 
 class PageServer:
@@ -46,7 +49,10 @@ class PageServer:
             try:
                 connection, address = self._listener.accept()
             except OSError:
-                return  # closed
+                if self._closed:
+                    return
+                time.sleep(RETRY_S)  # out of file descriptors, for one: it waits to be accepted
+                continue
             thread = threading.Thread(target=self._serve, args=(connection,), name=f"pages to {address}", daemon=True)
             with self._lock:
                 if self._closed:

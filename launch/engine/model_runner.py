@@ -29,27 +29,34 @@ from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource
 from moesaic.moe.communication import CommunicationWatcher
+from moesaic.moe.deepep_config import DeepEPSettings
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.experts import ExpertWeights
+from moesaic.moe.symm_windows import MakeWindows, symmetric_windows
 from moesaic.overlap.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How a rank runs its model; `load_format` is "safetensors" or "dummy". Others: see `BuildOptions`."""
+    """How a rank runs its model; `load_format` is "safetensors" or "dummy". kv_dtype None: `dtype`. Others: see `BuildOptions`."""
 
     model_path: str
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     device: str = "cpu"
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
     expert_backends: tuple[Name, ...] = ("torch",)
     fp8_experts: bool = False
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
 
 
 class ModelRunner:
@@ -82,10 +89,13 @@ class ModelRunner:
             max_positions=config.context_length,
             expert_backends=config.expert_backends,
             fp8_experts=config.fp8_experts,
+            max_dispatch_tokens=config.max_dispatch_tokens,
+            make_windows=config.make_windows,
             fp8_activations=config.fp8_activations,
             alignment=config.alignment,
             slots=config.slots,
             single_batch_overlap=config.single_batch_overlap,
+            deepep=config.deepep,
         )
         backend = make_backend(config.attention_backend)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
@@ -108,7 +118,7 @@ class ModelRunner:
     def kv_bytes_per_token(self) -> int:
         """Exactly (kv_lora_rank + rope) elements per layer."""
         model = self.model_config
-        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.dtype)
+        return LatentKVPool.bytes_per_token(model.num_hidden_layers, model.latent_dim, self.config.kv_dtype or self.config.dtype)
 
     def allocate_kv(self, num_pages: int, num_host_pages: int = 0) -> None:
         """Make the KV pool, and where wanted `host_kv`, pages in host memory for KV that has to make room."""
@@ -117,7 +127,7 @@ class ModelRunner:
             num_pages=num_pages,
             page_size=self.config.page_size,
             latent_dim=self.model_config.latent_dim,
-            dtype=self.config.dtype,
+            dtype=self.config.kv_dtype or self.config.dtype,
             device=torch.device(self.config.device),
         )
         if num_host_pages:
@@ -173,6 +183,7 @@ class ModelRunner:
         """Capture the decode forwards of the plan; `on_graph`: with graphs captured and graphs in all. Collective."""
         assert self._pool is not None, "allocate_kv comes first"
         device = torch.device(self.config.device)
+        self._enter(DispatchMode.LOW_LATENCY)
         graphs = GraphedForwards(plan, backend, model=self._model, pool=self._pool, parallel=self.parallel, device=device)
         graphs.capture(lambda done: on_graph(done, graphs.num_graphs))
         self._graphs = graphs
@@ -193,5 +204,16 @@ class ModelRunner:
         assert self._pool is not None, "allocate_kv comes first"
         if graph is not None:
             assert self._graphs is not None, "no graphs were captured"
-            return self._graphs.run(inputs, graph, observer, self._timeline)
-        return self._model.forward(inputs, self._pool, observer, split, self._timeline)
+            self._enter(DispatchMode.LOW_LATENCY)
+            logits = self._graphs.run(inputs, graph, observer, self._timeline)
+        else:
+            self._enter(inputs.plan.mode)
+            logits = self._model.forward(inputs, self._pool, observer, split, self._timeline)
+        if self._model.exchange is not None:
+            self._model.exchange.verify()
+        return logits
+
+    def _enter(self, mode: DispatchMode) -> None:
+        """Before a forward, and outside of what is captured."""
+        if self._model.exchange is not None:
+            self._model.exchange.enter(mode)

@@ -96,6 +96,7 @@ def make_parallel_context(
     return ParallelContext(
         rank=place.rank,
         world_size=topology.world_size,
+        ranks_per_node=topology.ranks_per_node,
         dp_rank=place.dp_rank,
         dp_size=topology.dp_size,
         attn_tp_rank=place.attn_tp_rank,

@@ -1,4 +1,4 @@
-"""Batches like those of real steps, without requests: what the calibration of two-batch overlap times.
+"""Batches like those of real steps, without requests: what the calibration of two-batch overlap and benchmarks time.
 
 Their KV lies in the first pages of the pool, which no sequence holds while a rank starts; nothing is registered anywhere. Knows no
 ranks and no scheduler.
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
-from moesaic.launch.engine.sequence import Int64Array
+from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, Int64Array, decode_buckets
 
 DECODE_CONTEXT_TOKENS = 512
 PROMPT_TOKENS = 512
@@ -42,11 +41,13 @@ class SyntheticBatch:
     chunk_lengths: tuple[int, ...]
 
 
-def decode_batch(num_tokens: int, input_ids: Tensor, pool: PoolShape) -> SyntheticBatch:
-    """So many sequences that decode a token each, with DECODE_CONTEXT_TOKENS of context or what the pool has for each."""
+def decode_batch(
+    num_tokens: int, input_ids: Tensor, pool: PoolShape, *, context_tokens: int = DECODE_CONTEXT_TOKENS
+) -> SyntheticBatch:
+    """So many sequences that decode a token each, with `context_tokens` of context or what the pool has for each."""
     size = pool.page_size
-    pages_each = max(1, min(pool.num_pages // num_tokens, -(-DECODE_CONTEXT_TOKENS // size), pool.context_length // size))
-    position = min(DECODE_CONTEXT_TOKENS, pool.context_length, pages_each * size) - 1
+    pages_each = max(1, min(pool.num_pages // num_tokens, -(-context_tokens // size), pool.context_length // size))
+    position = min(context_tokens, pool.context_length, pages_each * size) - 1
     # A pool of fewer pages than sequences can't happen in service; here they would just share some.
     page_table = (np.arange(num_tokens * pages_each, dtype=np.int32) % pool.num_pages).reshape(num_tokens, pages_each)
     slots = page_table[:, position // size].astype(np.int64) * size + position % size
@@ -66,10 +67,12 @@ def decode_batch(num_tokens: int, input_ids: Tensor, pool: PoolShape) -> Synthet
     )
 
 
-def prefill_batch(num_tokens: int, input_ids: Tensor, pool: PoolShape) -> SyntheticBatch:
-    """Whole prompts of equal length, two at least, of PROMPT_TOKENS at most, with nothing cached."""
-    longest = min(PROMPT_TOKENS, pool.context_length)
-    lengths = _equal_parts(num_tokens, max(2, -(-num_tokens // longest)))
+def prefill_batch(
+    num_tokens: int, input_ids: Tensor, pool: PoolShape, *, prompt_tokens: int = PROMPT_TOKENS, least_prompts: int = 2
+) -> SyntheticBatch:
+    """Whole prompts of equal length, `least_prompts` at least, of `prompt_tokens` at most, with nothing cached."""
+    longest = min(prompt_tokens, pool.context_length)
+    lengths = _equal_parts(num_tokens, max(least_prompts, -(-num_tokens // longest)))
     device = input_ids.device
     positions, slots, extends = [], [], []
     start = first_page = 0

@@ -15,8 +15,10 @@ from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.grouped_backends import BACKENDS, Name
+from moesaic.kernels.peer_exchange import PeerLayout
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.models.deepep import DeepEP
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
 from moesaic.launch.models.expert_loader import ExpertLoader
 from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
@@ -28,11 +30,14 @@ from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
 from moesaic.moe.counted_exchange import CountedExchange
+from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
+from moesaic.moe.symm import SymmDispatcher, triton_exchange
+from moesaic.moe.symm_windows import MakeWindows, WindowsInTurn, symmetric_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class BuildOptions:
 
     `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
     `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
-    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch.
+    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
+    `max_dispatch_tokens` of a rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -53,6 +59,9 @@ class BuildOptions:
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)
     single_batch_overlap: bool = False
+    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
+    max_dispatch_tokens: int = 128
+    make_windows: MakeWindows = symmetric_windows
 
     @property
     def for_torch(self) -> bool:
@@ -81,6 +90,8 @@ class DeepseekV3Builder:
         self._location = expert_location(config, parallel, options.slots)
         self._replicas = choose_replicas(self._location, parallel, options.slots, options.device, self._communications)
         self._experts: list[ExpertWeights] = []
+        # Before any weight is read: it may be refused, and its memory is the same whatever the weights leave.
+        self._deepep = self._make_deepep()
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
@@ -99,6 +110,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
+            exchange=self._windows if self._parallel.a2a_backend == "symm" else self._deepep,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -239,8 +251,8 @@ class DeepseekV3Builder:
                 communications=self._communications,
                 alignment=alignment,
             )
-        if parallel.a2a_backend == "torch":
-            return AllToAllDispatcher(
+        if parallel.a2a_backend in ("torch", "symm"):
+            by_collectives = AllToAllDispatcher(
                 placement=placement,
                 group=parallel.world_group,
                 exchange=self._exchange,
@@ -248,7 +260,39 @@ class DeepseekV3Builder:
                 alignment=alignment,
                 halves=self._options.single_batch_overlap,
             )
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none' or 'torch'")
+            if parallel.a2a_backend == "torch":
+                return by_collectives
+            return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
+        if self._deepep is not None:
+            return self._deepep.dispatcher(alignment, fp8_rows=self._options.fp8_experts)
+        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch', 'symm' or 'deepep'")
+
+    def _make_deepep(self) -> DeepEP | None:
+        parallel, config = self._parallel, self._config
+        if parallel.a2a_backend not in ("deepep", "deepep_v2"):
+            return None
+        shape = ExchangeShape(
+            num_ranks=parallel.ep_size,
+            ranks_per_node=parallel.ranks_per_node,
+            num_slots=self._location.num_slots,
+            hidden_size=config.hidden_size,
+            topk=config.num_experts_per_tok,
+        )
+        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
+
+    @cached_property
+    def _windows(self) -> WindowsInTurn:
+        """For all layers: a layer's combine is over before the next one's dispatch."""
+        options, parallel = self._options, self._parallel
+        layout = PeerLayout(
+            num_ranks=parallel.ep_size,
+            num_local=self._location.num_slots // parallel.ep_size,
+            max_tokens=options.max_dispatch_tokens,
+            topk=self._config.num_experts_per_tok,
+            hidden=self._config.hidden_size,
+            dtype=options.dtype,
+        )
+        return WindowsInTurn(options.make_windows(layout, parallel.ep_rank, parallel.world_group, options.device))
 
     @cached_property
     def _exchange(self) -> CountedExchange:

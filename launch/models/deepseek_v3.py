@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +22,27 @@ from moesaic.launch.models.layers import DenseDecoderLayer, SparseDecoderLayer
 from moesaic.launch.models.operations import DECODE, PREFILL, Schedules, SplitOrder
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.moe.communication import Communications
+from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.experts import ExpertWeights
 from moesaic.overlap.executor import Schedule
 from moesaic.overlap.operations import Failures, Operation, OperationError, Recorder, State
 
 LoadObserver = Callable[[int, Tensor], None]
 """Called with (index of the sparse layer, topk_ids int64 [T, K]) of every sparse layer."""
+
+
+class Exchange(Protocol):
+    """What the dispatchers of all layers share, where their messages are not torch's collectives. It frames a forward, outside of
+    what a graph may capture.
+    """
+
+    def enter(self, mode: DispatchMode) -> None:
+        """Before a forward whose dispatches take this mode. Collective."""
+        ...
+
+    def verify(self) -> None:
+        """After a forward: raises if a rank was given up on in it. Waits for the device."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +57,7 @@ class DeepseekV3:
     """The model of one rank; built by `DeepseekV3Builder`. `experts`: this rank's slots, sparse layer after sparse layer.
 
     `communications`: where all of a forward's communications are posted. `single_batch_overlap`: for steps that run straight.
+    `exchange`: to be told before a forward and asked after it, where a backend has one.
     """
 
     def __init__(
@@ -57,6 +74,7 @@ class DeepseekV3:
         replicas: ReplicaChoice | None,
         communications: Communications,
         single_batch_overlap: bool,
+        exchange: Exchange | None = None,
     ) -> None:
         self.experts = experts
         self.replicas = replicas
@@ -69,6 +87,7 @@ class DeepseekV3:
         self._parallel = parallel
         self._group = group
         self._single_batch_overlap = single_batch_overlap
+        self.exchange = exchange
         self.order_split_steps()
 
     def order_split_steps(self, *, prefill: SplitOrder = PREFILL, decode: SplitOrder = DECODE) -> None:

@@ -12,11 +12,13 @@ class ParallelContext:
     """rank = dp_rank * attn_tp_size + attn_tp_rank = ep_rank * moe_tp_size + moe_tp_rank. Groups of one rank are None.
 
     `dp_group` joins the ranks with the same attn_tp_rank, `attn_tp_group` those of one DP rank, `world_group` all; so does
-    `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none" or "torch".
+    `rows_group`, for what an all-to-all sends from another thread (moe/counted_exchange.py). `a2a_backend` is "none", "torch",
+    "symm", "deepep" or "deepep_v2".
     """
 
     rank: int = 0
     world_size: int = 1
+    ranks_per_node: int = 1
     dp_rank: int = 0
     dp_size: int = 1
     attn_tp_rank: int = 0

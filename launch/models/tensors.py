@@ -13,6 +13,7 @@ from moesaic.launch.models.config import ModelConfig
 
 Kind = Literal["attention", "dense layers", "shared experts", "routed experts", "gates and norms", "embedding and head"]
 Cut = Literal["whole", "attention", "dense", "shared", "expert", "head"]
+FP8_BLOCK = 128
 KINDS: tuple[Kind, ...] = (
     "attention",
     "dense layers",

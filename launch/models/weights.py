@@ -8,7 +8,6 @@ the way in, or given out as they are.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic.kernels.quant import BLOCK, FP8, dequantize_blocks, quantize_blocks
+from moesaic.launch.models.checkpoint_files import CheckpointError, read_weight_map
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight may be stored in without scales."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or doesn't fit its config; names file and tensor."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ class CheckpointWeights:
         """Tensor name -> file name."""
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _weight_map(index)
+            weight_map = read_weight_map(index)
             missing = sorted({name for name in weight_map.values() if not (self._folder / name).is_file()})
             if missing:
                 raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} file(s) missing)")
@@ -178,17 +174,6 @@ class CheckpointWeights:
             return list(self._files[file.name].keys())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor to file name")
-    return weight_map
 
 
 def _cut(value: Any, shard: Shard | None) -> Tensor:

@@ -21,6 +21,7 @@ from moesaic.launch.disaggregation.backends import missing_reason
 PROMPTS = [[9, 8, 7, 6], [11] * 20, list(range(40, 110)), [300, 200, 100, 50, 25], [*range(40, 110), 7, 8, 9]]
 TORCH_EP = ("--moe-a2a-backend", "torch")
 DP2_EP2 = ("--tp", "2", "--dp", "2", "--enable-dp-attention", *TORCH_EP)
+DP4_EP4 = ("--tp", "4", "--dp", "4", "--enable-dp-attention", *TORCH_EP)
 ATTENTION_TP2 = ("--tp", "2", *TORCH_EP)
 
 
@@ -78,6 +79,7 @@ def test_tokens_are_those_of_one_server(pair: PdPair, model: TinyModel) -> None:
     ("prefill_flags", "decode_flags"),
     [
         pytest.param(DP2_EP2, (), id="dp2 ep2 to tp1", marks=pytest.mark.whole),
+        pytest.param(DP2_EP2, DP4_EP4, id="dp2 ep2 to dp4 ep4", marks=pytest.mark.whole),
         pytest.param((), ATTENTION_TP2, id="tp1 to attention tp2", marks=pytest.mark.whole),
         pytest.param(ATTENTION_TP2, DP2_EP2, id="attention tp2 to dp2 ep2"),
     ],

@@ -43,7 +43,7 @@ def test_the_demo_serves_and_ctrl_c_stops_all_of_it(model: TinyModel, tmp_path: 
 
 def test_the_router_gets_defaults_only_where_nothing_is_given() -> None:
     command = router_command(["--pd-disaggregation", "--port", "9", "--decode-policy=random"])
-    assert command.count("--port") == 1 and command[command.index("--prefill-policy") + 1] == "cache_aware"
+    assert command.count("--port") == 1 and command[command.index("--prefill-policy") + 1] == "round_robin"
     assert "--decode-policy" not in command
     assert "--prefill-policy" not in router_command(["--worker-urls", "http://a"])
     assert "power_of_two" in router_command(["--pd-disaggregation", "--decode", "http://a", "--decode", "http://b"])

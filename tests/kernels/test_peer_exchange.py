@@ -147,6 +147,10 @@ def test_a_rank_that_does_not_come_is_named(device: str) -> None:
     windows[2].raise_if_late()
     ones = torch.zeros(1, 1, dtype=torch.int64, device=device)
     assert peer_exchange.combine_receive(ones, ones.float(), windows[0]).isnan().all()
+    # A rank without tokens waits too, or its next dispatch could meet this one at a rank that is still reading.
+    assert not len(peer_exchange.combine_receive(ones[:0], ones[:0].float(), windows[2]))
+    with pytest.raises(PeerLate, match="rank 0 did not come to the combine in time"):
+        windows[2].raise_if_late()
 
 
 def _send(**changes: Any) -> object:

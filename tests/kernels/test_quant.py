@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.kernels.gemm import linear
+from moesaic.kernels.gemm import BlockWeight, linear
 from moesaic.kernels.quant import (
     BLOCK,
     FP8,
@@ -124,3 +124,19 @@ def test_an_fp8_product_rounds_its_activations_and_a_plain_one_does_not() -> Non
     torch.testing.assert_close(rounded, round_to_fp8(x).double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(linear(x, weight).double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
     assert (rounded - x.double() @ weight.double().t()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(5, 256, 384), (3, 200, 192), (0, 128, 128)])
+def test_a_weight_that_stays_in_fp8_gives_the_product_of_its_dequantised_twin(shape: tuple[int, int, int]) -> None:
+    num_tokens, rows, columns = shape
+    x, (values, scales) = _random(num_tokens, columns), quantize_blocks(_random(rows, columns, seed=1))
+    product = linear(x, BlockWeight(values=values, scales=scales))
+    twin = linear(x, dequantize_blocks(values, scales, torch.float32), fp8_activations=True)
+    assert product.shape == (num_tokens, rows)
+    torch.testing.assert_close(product, twin, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_in_fp8_takes_any_leading_dimensions() -> None:
+    values, scales = quantize_blocks(_random(128, 128, seed=1))
+    weight, x = BlockWeight(values=values, scales=scales), _random(6, 128)
+    assert torch.equal(linear(x.view(2, 3, 128), weight), linear(x, weight).view(2, 3, 128))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepseek_v3 import DEEPSEEK_V3
 from rich.console import Console
 from tiny_models import TinyModel
 from torch import Tensor
@@ -32,40 +33,16 @@ from moesaic.launch.memory_plan import memory_choice, memory_rows, plan_memory, 
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig, load_model_config, parse_model_config
 from moesaic.launch.models.parallel import ParallelContext
-from moesaic.launch.models.tensors import model_tensors
-from moesaic.launch.models.weights import DummyWeights, Shard
+from moesaic.launch.models.tensors import KINDS, model_tensors
+from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard
 from moesaic.launch.resolution import resolve
 from moesaic.launch.startup import make_plan, model_shape
 from moesaic.launch.topology import Topology
 
 GB = 10**9
-DEEPSEEK_V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "n_shared_experts": 1,
-    "n_routed_experts": 256,
-    "routed_scaling_factor": 2.5,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "qk_nope_head_dim": 128,
-    "n_group": 8,
-    "topk_group": 4,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "max_position_embeddings": 163840,
-    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0},
-    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
-}
 
 
-def settled(model: ModelConfig, *, hardware: Hardware | None = None, fp8_weights: bool = False, **flags: Any) -> MemoryInputs:
+def settled(model: ModelConfig, *, hardware: Hardware | None = None, **flags: Any) -> MemoryInputs:
     """What a server with these flags would plan with."""
     config = ServerConfig(model_path="m", **flags)
     resolution = resolve(config, model_shape(model), hardware or Hardware(num_cores=8))
@@ -75,7 +52,6 @@ def settled(model: ModelConfig, *, hardware: Hardware | None = None, fp8_weights
         config=resolution.config,
         num_slots=model.n_routed_experts + config.ep_num_redundant_experts,
         experts_move=config.enable_eplb,
-        fp8_weights=fp8_weights,
     )
 
 
@@ -158,6 +134,18 @@ def test_the_planned_weights_are_those_that_a_rank_holds(tiny: Callable[..., Tin
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors_in(built, set())}
     held = sum(storages.values()) - sum(each.nbytes for each in tensors_in(built.replicas, set()))
     assert held == sum(weight_bytes(inputs).values()) + rope_table_bytes(inputs)
+
+
+def test_experts_that_stay_fp8_are_planned_with_their_scales(tiny: Callable[..., TinyModel]) -> None:
+    folder = tiny("fp8", moe_intermediate_size=128, intermediate_size=256).folder
+    model = load_model_config(folder)
+    inputs = replace(settled(model), fp8=frozenset({"routed experts"}))
+
+    options = BuildOptions(max_positions=64, fp8_experts=True)
+    built = DeepseekV3Builder(model, CheckpointWeights(folder), ParallelContext(), TorchBackend(), options).build()
+
+    held = sum(each.nbytes for each in tensors_in(built.experts, set()))
+    assert held == weight_bytes(inputs)["routed experts"] < weight_bytes(settled(model))["routed experts"]
 
 
 @pytest.mark.parametrize("max_total_tokens", [None, 1000])
@@ -250,8 +238,8 @@ WEIGHTS_GB = {
 def published(flags: dict[str, Any], **changes: Any) -> MemoryInputs:
     """DeepSeek-V3 with FP8 weights as stored, on nodes of 8 GPUs."""
     hardware = Hardware(num_cores=64, num_cuda_devices=8)
-    inputs = settled(parse_model_config(DEEPSEEK_V3), hardware=hardware, fp8_weights=True, **flags)
-    return replace(inputs, **changes)
+    inputs = settled(parse_model_config(DEEPSEEK_V3), hardware=hardware, **flags)
+    return replace(inputs, **{"fp8": frozenset(KINDS)} | changes)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +274,7 @@ def test_deepseek_v3_fits_in_the_published_layouts(flags: dict[str, Any], gpu_gb
         # Dequantised at load, as ranks do today, EP32 is too much for 80 GB.
         (
             EP32_PREFILL,
-            {"fp8_weights": False},
+            {"fp8": frozenset()},
             ("weights: routed experts 42.", "--ep-num-redundant-experts 64 (twice the ranks"),
         ),
         (EP32_PREFILL | {"chunked_prefill_size": 32 * 16384}, {}, ("--chunked-prefill-size 262144 frees", "that is enough")),

@@ -154,7 +154,7 @@ def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep: not built yet"),
+        ({"moe_a2a_backend": "deepep"}, "DeepEP moves tokens between GPUs, and the device is cpu (torch sees no CUDA device); use"),
         (
             {"moe_runner_backend": "triton"},
             "--moe-runner-backend triton: the device is cpu; use",
@@ -243,6 +243,24 @@ def test_a_gpu_that_can_not_be_asked_leaves_torch_and_says_why(monkeypatch: pyte
     assert dict(hardware._missing_runners())["deep_gemm"] == "MOESAIC_GPU_KERNELS=torch"
 
 
+def test_symm_wants_one_node_of_gpus_fp8_experts_and_whole_outputs() -> None:
+    symm: dict[str, Any] = {**DP2, "moe_a2a_backend": "symm"}
+    resolution = settle(FP8_SHAPE, GPU_BOX, **symm, quantization="fp8")
+    assert resolution.config.moe_a2a_backend == "symm"
+    assert row(resolution, "dispatch")["chosen"].startswith("low-latency steps over symmetric memory in FP8")
+    with pytest.raises(ConfigError, match="only CUDA devices write each other's memory, and the device is cpu"):
+        settle(FP8_SHAPE, **symm, quantization="fp8")
+    with pytest.raises(ConfigError) as caught:
+        settle(FP8_SHAPE, BARE_GPU_BOX, **symm, nnodes=2, dist_init_addr="a:1", enable_single_batch_overlap=True)
+    for reason in (
+        "kernels are Triton's: sm_80",
+        "--nnodes 2: only the GPUs of one node",
+        "tokens travel in FP8",
+        "not two halves",
+    ):
+        assert reason in str(caught.value)
+
+
 def test_too_few_gpus_are_named() -> None:
     with pytest.raises(ConfigError, match="4 ranks per node, and torch sees 2 CUDA devices"):
         settle(hardware=Hardware(num_cores=8, num_cuda_devices=2), tp_size=4, device="cuda")
@@ -252,6 +270,15 @@ def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
     assert settle(FP8_SHAPE).config.quantization == "none"
     assert "dequantised to float32" in row(settle(FP8_SHAPE), "quantisation")["chosen"]
     assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"
+
+
+def test_the_kv_cache_may_be_fp8() -> None:
+    assert settle().config.kv_dtype == "float32"
+    assert settle(kv_cache_dtype="fp8_e4m3").config.kv_dtype == "float8_e4m3fn"
+    assert "a CPU has no FP8" in row(settle(kv_cache_dtype="fp8_e4m3"), "KV cache")["chosen"]
+    assert settle(hardware=GPU_BOX, kv_cache_dtype="bf16").config.kv_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype bf16: the model computes in float32; use auto or fp8_e4m3"):
+        settle(kv_cache_dtype="bf16")
 
 
 def test_the_report_is_json_and_names_every_capability_once() -> None:

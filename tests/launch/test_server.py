@@ -61,7 +61,8 @@ class Server:
     def __init__(self, folder: Path, flags: list[str]) -> None:
         self.port = free_port()
         self.log = folder / f"{self.port}.log"
-        command = [sys.executable, "-P", "-c", SERVE, "--model-path", str(folder), "--port", str(self.port), *flags]
+        command = [sys.executable, "-P", "-c", SERVE, "--model-path", str(folder), "--load-format", "dummy"]
+        command += ["--port", str(self.port), *flags]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -192,6 +193,14 @@ def test_a_taken_port_is_refused_before_anything_starts(model_folder: Path, caps
         assert main(["serve", "--model-path", str(model_folder), "--device", "cpu", "--port", str(port)]) == 2
 
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in capsys.readouterr().err
+
+
+def test_a_model_without_weights_is_refused_before_any_rank_starts(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model-path", str(model_folder), "--device", "cpu", "--port", str(free_port())]) == 2
+
+    error = capsys.readouterr().err
+    assert "this node is not ready (`moesaic preflight` looks further)" in error
+    assert f"model files: {model_folder} holds no safetensors" in error
 
 
 @pytest.mark.parametrize(

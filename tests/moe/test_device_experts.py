@@ -134,6 +134,14 @@ def test_deep_gemm_gets_aligned_rows_in_both_layouts_in_fp8_and_in_bf16() -> Non
             assert error.norm() < 0.06 * wanted.norm()
 
 
+def test_rows_of_a_masked_layout_know_how_many_to_expect() -> None:
+    hidden, ids = torch.zeros(8, HIDDEN), torch.zeros(8, 2, dtype=torch.long)
+    for ep_size, expected in ((1, 4), (2, 2), (64, 1)):
+        layout = ExpertLayout(mode=DispatchMode.LOW_LATENCY, num_local=4, alignment=1, ep_size=ep_size)
+        rows = arrange(hidden, ids, layout).rows
+        assert isinstance(rows, MaskedRows) and rows.expected_rows == expected
+
+
 def test_the_backend_of_a_product_follows_from_its_rows_per_expert() -> None:
     several = ("deep_gemm", "cutlass", "triton")
     few = ContiguousRows(hidden=torch.empty(4, 8), counts=[4, 0])

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepep_standin
 import rank_pool
 import torch
 from repeated_calls import RepeatedCalls
+from shared_windows import shared_windows
 
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
@@ -27,6 +29,7 @@ from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
+from moesaic.moe.deepep_config import DeepEPSettings
 
 ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
 """As long as there is room."""
@@ -54,9 +57,11 @@ class EngineSettings:
     policy: str = "fcfs"
     prefix_cache: bool = True
     fp8_activations: bool = False
+    fp8_experts: bool = False
     alignment: int = 1
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     rebalance: RebalanceSettings | None = None
@@ -106,12 +111,17 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             model_path=settings.model_path,
             load_format=settings.load_format,
             dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
+            fp8_experts=settings.fp8_experts,
+            max_dispatch_tokens=settings.cap,
+            make_windows=shared_windows,
             alignment=settings.alignment,
             slots=settings.slots,
             single_batch_overlap=settings.single_batch_overlap,
+            deepep=_deepep(settings),
         ),
         load_model_config(settings.model_path),
         parallel,
@@ -122,6 +132,17 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
         runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
     return runner
+
+
+def _deepep(settings: EngineSettings) -> DeepEPSettings:
+    if settings.a2a.startswith("deepep"):
+        deepep_standin.install()
+    return DeepEPSettings(
+        mode=settings.mode,  # type: ignore[arg-type]
+        max_tokens_per_rank=settings.cap,
+        max_normal_tokens_per_rank=settings.chunk_tokens + settings.max_running,
+        fp8=settings.fp8_activations,
+    )
 
 
 def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:

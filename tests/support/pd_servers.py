@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,21 +93,17 @@ def kill(server: LiveServer) -> None:
 
 
 @contextlib.contextmanager
-def frozen(server: LiveServer) -> Iterator[Callable[[], None]]:
-    """The server's ranks stand still, its HTTP side goes on; the call thaws them before the end."""
+def frozen(server: LiveServer) -> Iterator[None]:
+    """The server's ranks stand still meanwhile; its HTTP side goes on."""
     pids = server.rank_pids()
-
-    def thaw() -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
-        yield thaw
+        yield
     finally:
-        thaw()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def metric(server: LiveServer, name: str) -> float:

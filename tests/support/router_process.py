@@ -1,4 +1,4 @@
-"""A real sglang-router process in front of running servers."""
+"""A real sglang-router process in front of running servers, started by `moesaic router`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pd_router(prefill: Sequence[tuple[Worker, int]], decode: Sequence[Worker], l
 @contextmanager
 def _running(arguments: Sequence[str], log: Path) -> Iterator[httpx.Client]:
     port = free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "moesaic.launch.cli", "router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", str(free_port()), "--worker-startup-check-interval", "1", *arguments]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,39 @@ def test_a_frozen_prefill_is_noticed_within_5_s() -> None:
         assert time.monotonic() - began < 5.0
         assert "no sign of life from prefill instance p0 rank 0 for 4 s" in str(receiver.failure)
         wait_for(lambda: receiver.quiet)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frozen_prefill_that_wakes_up_writes_to_no_page_of_others(backend: str) -> None:
+    """Decode has begun to read from it and taken it for dead; the pages belong to others when it goes on."""
+    port, other_port, pages = free_port(), free_port(), range(10, 90)
+    with (
+        instances(("prefill", port, backend, "p0"), ("prefill", other_port, backend, "p1")) as (prefill, other),
+        decode_rank(port, backend) as decode,
+    ):
+        receiver = decode.receiver(next_room())
+        receiver.receive(pages)
+        prefill.tell(f"room {receiver.room}")
+        wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("WAITING"))  # it has heard that the pages are ready
+        go_on = threading.Event()
+        decode.transfer.thread.post(go_on.wait)
+        prefill.tell(f"send {receiver.room} {' '.join(map(str, pages))}")
+        wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("TRANSFERRING"))  # it has said what is in them
+        prefill.process.send_signal(signal.SIGSTOP)
+        go_on.set()
+        wait_for(lambda: receiver.num_reads == 1)
+        wait_for(lambda: receiver.quiet)
+        assert "no sign of life from prefill instance p0 rank 0" in str(receiver.failure)
+
+        for pool in decode.pools:
+            pool[pages] = 7
+        prefill.process.send_signal(signal.SIGCONT)
+        for _ in range(10):
+            wait_for_state([fetch(decode, other, other_port)], SUCCESS)
+            time.sleep(0.1)
+        assert all((pool[pages] == 7).all() for pool in decode.pools)
+        wait_for_state([fetch(decode, prefill, port)], SUCCESS)
 
 
 def test_a_killed_decode_fails_its_rooms_on_prefill_only_and_its_return_is_served() -> None:

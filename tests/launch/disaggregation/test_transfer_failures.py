@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -194,7 +196,7 @@ def test_a_failed_read_fails_its_room_only() -> None:
 
         assert broken.failure is not None
         assert broken.failure.kind == "lost"
-        assert "in state transferring: the cable is out" in str(broken.failure)
+        assert "in state transferring: prefill instance p0 rank 0: the cable is out" in str(broken.failure)
 
 
 def test_a_room_used_twice_is_refused_and_the_first_goes_on() -> None:
@@ -402,6 +404,22 @@ def test_a_tcp_connection_that_stood_still_is_made_anew_for_the_next_read() -> N
         backend.close()
 
 
+def test_a_read_whose_request_can_not_be_sent_ends_too() -> None:
+    """One that never ended would keep its pages for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        backend = TcpBackend(PagedMemory(make_pools(1)))
+        backend.connect("the other", f"127.0.0.1:{listener.getsockname()[1]}".encode())
+        connection, _ = listener.accept()
+    time.sleep(0.05)  # the thread waits for reads
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()  # with a reset: what is sent from now on fails at once
+    time.sleep(0.05)
+    read = backend.read("the other", [PageRun(source=0, target=0, num_pages=1)])
+    wait_for(lambda: read.ended, seconds=2.0)
+    assert "reading pages from the other failed" in (read.error or "")
+    backend.close()
+
+
 def test_a_reader_that_takes_nothing_is_left() -> None:
     """A decode rank that hangs, or whose machine has gone: no thread of prefill waits for it for ever."""
     server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 0.2)
@@ -410,6 +428,23 @@ def test_a_reader_that_takes_nothing_is_left() -> None:
         connection.sendall(struct.pack("<4sQI", b"MKP1", 0, len(runs)) + b"".join(runs))
         wait_for(lambda: len(server._connections) == 1)
         wait_for(lambda: not server._connections, seconds=3.0)
+    server.close()
+
+
+def test_pages_are_served_again_once_there_are_file_descriptors() -> None:
+    server = PageServer(PagedMemory(make_pools(1)), "127.0.0.1", 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as first, socket.socket() as second:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            first.connect(server.address)  # may be accepted: Linux takes the descriptor before it waits; the next has none
+            time.sleep(0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        second.connect(server.address)
+        second.sendall(struct.pack("<4sQIII", b"MKP1", 0, 1, 0, 1))
+        second.settimeout(5.0)
+        assert second.recv(28, socket.MSG_WAITALL) == piece()
     server.close()
 
 
@@ -429,7 +464,7 @@ def test_a_read_that_ends_while_others_are_looked_through_is_not_lost() -> None:
 
     reads = RoomReads(PagedMemory(make_pools(1)))
     for targets in ([1], [2]):
-        reads.add(Fetch(read=Ending(), targets=targets, checksums=[]), 1)
+        reads.add(Fetch(peer="p0", read=Ending(), targets=targets, checksums=[]), 1)
     assert reads.take_ended() == []
     assert [fetch.targets for fetch in reads.take_ended()] == [[1], [2]]
     assert len(reads) == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
+from shared_windows import shared_windows
 from tiny_models import VARIANTS, TinyModel
 from torch import Tensor
 
@@ -128,6 +130,18 @@ def test_experts_that_keep_their_fp8_compute_what_the_simulation_does(tiny: Tiny
     assert (logits - expected).norm() < 0.02 * expected.norm(), "a value between two FP8 steps may round either way"
     assert driver.idle().shape == (0, 256)
     assert {each.dtype for each in driver.model.experts[0].tensors} == {torch.float8_e4m3fn, torch.float32}
+
+
+@pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: the interpreter is off")
+def test_low_latency_steps_over_shared_memory_compute_what_others_do(tiny: Tiny) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+    model = tiny("fp8", **sizes, num_experts_per_tok=2, num_hidden_layers=2)
+    options = {"mode": DispatchMode.LOW_LATENCY, "fp8_activations": True, "fp8_experts": True}
+    by_memory = Driver(model, a2a="symm", max_dispatch_tokens=3, make_windows=shared_windows, **options)
+    by_collectives = Driver(model, a2a="torch", **options)
+    got, expected = (torch.cat([each.extend(TOKENS, 0, 3), each.decode(TOKENS, 3)]) for each in (by_memory, by_collectives))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert by_memory.idle().shape == (0, 256)
 
 
 @pytest.mark.parametrize("a2a", ["none", "torch"])

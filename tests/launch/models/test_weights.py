@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.kernels.quant import dequantize_blocks, quantize_blocks
-from moesaic.launch.models.weights import CheckpointError, CheckpointWeights, DummyWeights, Shard
+from moesaic.launch.models.checkpoint_files import CheckpointError
+from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard
 
 SHAPE = (8, 12)
 FP8_SHAPE = (384, 320)

@@ -1,0 +1,107 @@
+"""GPUs, their driver, and the libraries that GPUs need: what is here, and whether the flags need it. Makes no CUDA context."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Sequence
+
+from moesaic.launch.gpus import Gpu, query_gpus
+from moesaic.launch.preflight.findings import NOT_HERE, Finding, fail, ok, warn
+
+GIB = 1 << 30
+BUSY_SHARE = 0.1
+DEEPEP_REMEDY = "build it against this torch (https://github.com/deepseek-ai/DeepEP), or use --moe-a2a-backend torch"
+
+
+def check_devices(*, needed: bool, ranks_per_node: int, deepep: bool) -> Iterator[Finding]:
+    """`needed`: the flags ask for CUDA; else what is missing is no failure. `deepep`: they ask for DeepEP."""
+    try:
+        yield check_gpus(query_gpus(), needed=needed, ranks_per_node=ranks_per_node)
+    except OSError as error:
+        remedy = "repair the driver (dmesg | grep -i nvrm), or use --device cpu"
+        yield (fail if needed else warn)("GPUs", str(error), remedy)
+    yield _check_torch(needed)
+    yield _check_nccl(needed)
+    yield _check_library("DeepEP", "deep_ep", deepep, DEEPEP_REMEDY)
+    yield _check_library("DeepGEMM", "deep_gemm", False, "")
+
+
+def check_gpus(gpus: Sequence[Gpu], *, needed: bool, ranks_per_node: int) -> Finding:
+    """How many, which, and whether they are free."""
+    if not gpus:
+        if needed:
+            return fail("GPUs", NOT_HERE, "run on a node with NVIDIA GPUs and their driver, or use --device cpu")
+        return ok("GPUs", f"{NOT_HERE}; the flags need none")
+    names = sorted({gpu.name for gpu in gpus})
+    found = f"{len(gpus)} x {' and '.join(names)}, {min(gpu.total for gpu in gpus) / GIB:.0f} GiB, driver {gpus[0].driver}"
+    if needed and len(gpus) < ranks_per_node:
+        remedy = f"ask the scheduler for {ranks_per_node} GPUs, or use more nodes (--nnodes)"
+        return fail("GPUs", f"{found}, for {ranks_per_node} ranks", remedy)
+    if len(names) > 1:
+        return warn("GPUs", found, "ranks run in lockstep: the slowest GPU decides; use nodes of one kind")
+    busy = [gpu for gpu in gpus if gpu.total - gpu.free > BUSY_SHARE * gpu.total]
+    if needed and busy:
+        taken = ", ".join(f"{(gpu.total - gpu.free) / GIB:.0f} GiB of GPU {gpu.index}" for gpu in busy)
+        return warn("GPUs", f"{found}; others hold {taken}", "end what runs there (nvidia-smi names it), or expect less KV")
+    return ok("GPUs", found)
+
+
+def _check_torch(needed: bool) -> Finding:
+    import torch
+
+    if torch.version.cuda is None:
+        found = f"torch {torch.__version__} is a CPU build"
+        if needed:
+            return fail("CUDA", found, "pip install the torch of the driver's CUDA version (https://pytorch.org/get-started)")
+        return ok("CUDA", f"{found}; the flags need none")
+    return ok("CUDA", f"torch {torch.__version__} with CUDA {torch.version.cuda}")
+
+
+def _check_nccl(needed: bool) -> Finding:
+    version = nccl_version()
+    if version is None and needed:
+        return fail("NCCL", NOT_HERE, "install a CUDA build of torch: it brings NCCL")
+    return ok("NCCL", version or f"{NOT_HERE}; the flags need none")
+
+
+def _check_library(what: str, module: str, needed: bool, remedy: str) -> Finding:
+    version = module_version(module)
+    if version is None and needed:
+        return fail(what, NOT_HERE, remedy)
+    return ok(what, version or f"{NOT_HERE}; the flags need none")
+
+
+def nccl_version() -> str | None:
+    """Such as "2.27.3"; None where torch has no NCCL."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    found: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, found))
+
+
+def module_version(module: str) -> str | None:
+    """Its distribution's version, "version unknown" without one, None where it can't be imported. Imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    names = importlib.metadata.packages_distributions().get(module, [])
+    return importlib.metadata.version(names[0]) if names else "version unknown"
+
+
+def versions() -> dict[str, str]:
+    """What should be the same on every node besides what `serve` compares, by the name a person knows it by."""
+    absent = "absent"
+    try:
+        gpus = query_gpus()
+    except OSError:
+        gpus = ()
+    return {
+        "triton version": module_version("triton") or absent,
+        "NCCL version": nccl_version() or absent,
+        "DeepEP version": module_version("deep_ep") or absent,
+        "DeepGEMM version": module_version("deep_gemm") or absent,
+        "GPU driver": gpus[0].driver if gpus else absent,
+        "GPUs": " and ".join(sorted({gpu.name for gpu in gpus})) or absent,
+    }
