@@ -59,9 +59,9 @@ class HostKVPool:
         host_pages = self._allocator.allocate(len(pages))
         index = self._on_device(pages)
         for layer in range(self._num_layers):
-            found = _bytes(self._device_pool, layer).index_select(0, index)
+            found = _words(self._device_pool, layer).index_select(0, index)
             for here, part in _runs(host_pages):
-                _bytes(self._pool, layer)[here].copy_(found[part], non_blocking=True)
+                _words(self._pool, layer)[here].copy_(found[part], non_blocking=True)
         if self.is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
         return host_pages
@@ -73,8 +73,8 @@ class HostKVPool:
         index = self._on_device(pages)
         for layer in range(self._num_layers):
             for here, part in _runs(host_pages):
-                found = _bytes(self._pool, layer)[here].to(self._device, non_blocking=True)
-                _bytes(self._device_pool, layer).index_copy_(0, index[part], found)
+                found = _words(self._pool, layer)[here].to(self._device, non_blocking=True)
+                _words(self._device_pool, layer).index_copy_(0, index[part], found)
 
     def free(self, host_pages: PageArray) -> None:
         """Give host pages back. AssertionError for pages that nobody holds."""
@@ -91,9 +91,10 @@ class HostKVPool:
         weakref.finalize(self, runtime.cudaHostUnregister, first.data_ptr())
 
 
-def _bytes(pool: LatentKVPool, layer: int) -> Tensor:
-    """A layer's pages as uint8: torch indexes no FP8."""
-    return pool.pages(layer).view(torch.uint8)
+def _words(pool: LatentKVPool, layer: int) -> Tensor:
+    """A layer's pages as integers, wide ones where they fit: torch indexes no FP8, and on a CPU it copies element by element."""
+    pages = pool.pages(layer).view(torch.uint8)
+    return pages.view(torch.int64) if pages.shape[1] % 8 == 0 else pages
 
 
 def _runs(pages: PageArray) -> Iterator[tuple[slice, slice]]:

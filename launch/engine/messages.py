@@ -177,7 +177,7 @@ class RetractionLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     offloaded: copied to host memory; restored: copied back (what the prefix cache still had is not). host_full: requests to be
     computed again as host memory had no room; recompute_cheaper: as that takes less time. Of max_host_tokens, num_host_tokens are
-    held now.
+    held now. copy_us, recompute_us: what a token of KV costs to copy there and back, and to compute, as measured at the start.
     """
 
     num_offloaded_reqs: int
@@ -187,6 +187,8 @@ class RetractionLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_recompute_cheaper_reqs: int
     num_host_tokens: int
     max_host_tokens: int
+    copy_us: float
+    recompute_us: float
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

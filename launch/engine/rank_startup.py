@@ -262,12 +262,4 @@ class RankStartup:
         if runner.host_kv is None:
             return None
         phases.enter("measure retraction")
-        costs = measure_costs(runner, runner.host_kv, rules, sizes)
-        if runner.parallel.rank == 0:
-            logger.info(
-                "a retracted request's KV: %.1f us per page of %d tokens to host memory and back, %.1f us to compute it again",
-                costs.copy_s_per_page * 1e6,
-                sizes.page_size,
-                costs.recompute_s_per_token * sizes.page_size * 1e6,
-            )
-        return costs
+        return measure_costs(runner, runner.host_kv, rules, sizes)

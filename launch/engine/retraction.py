@@ -117,6 +117,8 @@ class HostKeeper:
             num_recompute_cheaper_reqs=self._num_cheaper,
             num_host_tokens=(pool.num_pages - pool.num_free) * self._page_size,
             max_host_tokens=pool.num_pages * self._page_size,
+            copy_us=self._costs.copy_s_per_page / self._page_size * 1e6,
+            recompute_us=self._costs.recompute_s_per_token * 1e6,
         )
 
     def _tell_that_full(self) -> None:

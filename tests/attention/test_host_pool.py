@@ -15,18 +15,18 @@ def _pages(*numbers: int) -> PageArray:
     return np.array(numbers, dtype=np.int32)
 
 
-@pytest.fixture
-def device_pool() -> LatentKVPool:
+@pytest.fixture(params=[torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+def device_pool(request: pytest.FixtureRequest) -> LatentKVPool:
     """Random bits, not-a-numbers among them."""
-    pool = LatentKVPool(num_layers=3, num_pages=12, page_size=4, latent_dim=5, dtype=torch.bfloat16, device=torch.device("cpu"))
+    pool = LatentKVPool(num_layers=3, num_pages=12, page_size=4, latent_dim=5, dtype=request.param, device=torch.device("cpu"))
     for layer in range(3):
         rows = pool.rows(layer)
-        rows.view(torch.int16).copy_(torch.randint(-(1 << 15), 1 << 15, rows.shape, dtype=torch.int16))
+        rows.view(torch.uint8).random_(256)
     return pool
 
 
 def _bits(pool: LatentKVPool, pages: PageArray) -> torch.Tensor:
-    return torch.stack([pool.pages(layer)[pages.tolist()].view(torch.int16) for layer in range(pool.num_layers)])
+    return torch.stack([pool.pages(layer).view(torch.uint8)[pages.tolist()] for layer in range(pool.num_layers)])
 
 
 def test_pages_come_back_bit_by_bit_into_other_pages(device_pool: LatentKVPool) -> None:

@@ -40,6 +40,7 @@ def test_more_requests_than_memory_wait_and_are_all_served(pair: PdPair, model: 
     with pair.decode.client() as client:
         retraction = client.get("/server_info").json()["internal_states"][0]["retraction"][0]
     assert 0 < retraction["num_restored_tokens"] <= retraction["num_offloaded_tokens"] and not retraction["num_host_tokens"]
+    assert 0 < retraction["copy_us"] < retraction["recompute_us"]
     assert metric(pair.decode, "retracted_restored_tokens_total") == retraction["num_restored_tokens"]
 
 
