@@ -86,6 +86,7 @@ def deepep_settings(config: ServerConfig, resolved: ResolvedConfig, topology: To
         max_tokens_per_rank=resolved.max_dispatch_tokens_per_rank,
         max_normal_tokens_per_rank=_normal_tokens(resolved, topology),
         fp8=resolved.quantization == "fp8",
+        timeout_s=resolved.dist_timeout,
         dispatch=dispatch,
         combine=combine,
     )

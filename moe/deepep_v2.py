@@ -32,10 +32,10 @@ from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
 class ElasticDeepEPBuffer:
     """DeepEP's buffer for all layers of a model. Making it is collective.
 
-    timeout_s: how long the CPU waits for counts. Raises DeepEPError when the library is missing or can't start.
+    Raises DeepEPError when the library is missing or can't start.
     """
 
-    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup, timeout_s: int = 100) -> None:
+    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup) -> None:
         library = load("deepep_v2")
         self.settings = settings
         self.shape = shape
@@ -50,8 +50,8 @@ class ElasticDeepEPBuffer:
                 hidden=shape.hidden_size,
                 num_topk=shape.topk,
                 use_fp8_dispatch=settings.fp8,
-                num_cpu_timeout_secs=timeout_s,
-                num_gpu_timeout_secs=timeout_s,
+                num_cpu_timeout_secs=settings.timeout_s,
+                num_gpu_timeout_secs=settings.timeout_s,
             )
 
     def capture(self) -> Any:
