@@ -35,7 +35,7 @@ class ElasticDeepEPBuffer:
     Raises DeepEPError when the library is missing or can't start.
     """
 
-    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup) -> None:
+    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup, device: torch.device) -> None:
         library = load("deepep_v2")
         self.settings = settings
         self.shape = shape
@@ -43,6 +43,8 @@ class ElasticDeepEPBuffer:
         self._capture: Callable[[], Any] = library.ElasticBuffer.capture
         normal, fixed = settings.max_normal_tokens_per_rank, settings.max_tokens_per_rank
         self.max_tokens = max(normal * settings.normal, fixed * settings.low_latency)
+        # torch makes a group's NCCL communicator at its first collective, and the library takes what is there.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
         with explained("start"):
             self.library = library.ElasticBuffer(
                 group,

@@ -113,7 +113,7 @@ def make_dispatcher(layout: DeepEPLayout, purpose: str = "forward", **options: A
     if layout.generation == "deepep":
         buffer = DeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
         return DeepEPDispatcher(buffer, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
-    elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group)
+    elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
     return ElasticDeepEPDispatcher(elastic, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
 
 
