@@ -86,6 +86,7 @@ def deepep_settings(config: ServerConfig, resolved: ResolvedConfig, topology: To
         max_tokens_per_rank=resolved.max_dispatch_tokens_per_rank,
         max_normal_tokens_per_rank=_normal_tokens(resolved, topology),
         fp8=resolved.quantization == "fp8",
+        timeout_s=resolved.dist_timeout,
         dispatch=dispatch,
         combine=combine,
     )
@@ -119,7 +120,8 @@ def deepep_row(resolved: ResolvedConfig, plan: BufferPlan) -> str:
     mode = resolved.dispatch_mode
     rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
     kind = "FP8 to the experts, bf16 back" if resolved.deepep.fp8 else "bf16"
-    return f"{resolved.moe_a2a_backend}, mode {rule}, {kind}, {plan.describe()}"
+    most = f"up to {resolved.deepep.max_tokens_per_rank} tokens per rank in low-latency steps, " if mode != "normal" else ""
+    return f"{resolved.moe_a2a_backend}, mode {rule}, {kind}, {most}{plan.describe()}"
 
 
 def plan_of(resolved: ResolvedConfig, shape: ExchangeShape) -> BufferPlan:

@@ -98,13 +98,15 @@ class DeepEPSettings:
 
     mode: the modes its steps may take. max_tokens_per_rank: of a low-latency step. max_normal_tokens_per_rank: of a normal one (the
     second generation's buffer is made for them). fp8: tokens travel as FP8 with one scale per 128 channels, else as bf16.
-    dispatch, combine: tuning of the normal kernels (None: as DeepEP recommends).
+    timeout_s: how long the second generation waits for others; the first has 100 s built in. dispatch, combine: tuning of the
+    normal kernels (None: as DeepEP recommends).
     """
 
     mode: DeepEPMode = "auto"
     max_tokens_per_rank: int = 128
     max_normal_tokens_per_rank: int = 4096
     fp8: bool = False
+    timeout_s: int = 100
     dispatch: ChunkSizes | None = None
     combine: ChunkSizes | None = None
 

@@ -48,7 +48,7 @@ class DeepEPBuffer:
         self._capture: Callable[[], Any] = library.Buffer.capture
         plan = plan_buffers("deepep", settings, shape)
         if plan.qp_depth:
-            _settle_qp_depth(plan.qp_depth)
+            _settle_qp_depth(plan.qp_depth, 2 * (settings.max_tokens_per_rank * settings.low_latency + 1))
         # Always said in each call: what DeepEP takes otherwise depends on a number of SMs that is global to the process.
         self.dispatch_config, self.combine_config = _tuning(library, settings, shape.num_ranks)
         options: dict[str, Any] = {}
@@ -240,11 +240,11 @@ def _tuning(library: Any, settings: DeepEPSettings, num_ranks: int) -> tuple[Any
     return dispatch, combine
 
 
-def _settle_qp_depth(wanted: int) -> None:
+def _settle_qp_depth(planned: int, least: int) -> None:
     """NVSHMEM reads its queues' depth from the environment. Raises DeepEPError when it was set too low on purpose."""
     given = os.environ.get(_QP_DEPTH)
     if given is None:
-        if wanted > DEFAULT_QP_DEPTH:
-            os.environ[_QP_DEPTH] = str(wanted)
-    elif int(given) < wanted and wanted > DEFAULT_QP_DEPTH:
-        raise DeepEPError(f"{_QP_DEPTH}={given} is too low for this many tokens per rank: unset it, or set it to {wanted}")
+        if planned > DEFAULT_QP_DEPTH:
+            os.environ[_QP_DEPTH] = str(planned)
+    elif not given.isdigit() or int(given) < least:
+        raise DeepEPError(f"{_QP_DEPTH}={given}: this many tokens per rank need {least} or more; unset it, or set it to {planned}")

@@ -32,10 +32,10 @@ from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
 class ElasticDeepEPBuffer:
     """DeepEP's buffer for all layers of a model. Making it is collective.
 
-    timeout_s: how long the CPU waits for counts. Raises DeepEPError when the library is missing or can't start.
+    Raises DeepEPError when the library is missing or can't start.
     """
 
-    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup, timeout_s: int = 100) -> None:
+    def __init__(self, *, settings: DeepEPSettings, shape: ExchangeShape, group: dist.ProcessGroup, device: torch.device) -> None:
         library = load("deepep_v2")
         self.settings = settings
         self.shape = shape
@@ -43,6 +43,8 @@ class ElasticDeepEPBuffer:
         self._capture: Callable[[], Any] = library.ElasticBuffer.capture
         normal, fixed = settings.max_normal_tokens_per_rank, settings.max_tokens_per_rank
         self.max_tokens = max(normal * settings.normal, fixed * settings.low_latency)
+        # torch makes a group's NCCL communicator at its first collective, and the library takes what is there.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
         with explained("start"):
             self.library = library.ElasticBuffer(
                 group,
@@ -50,8 +52,8 @@ class ElasticDeepEPBuffer:
                 hidden=shape.hidden_size,
                 num_topk=shape.topk,
                 use_fp8_dispatch=settings.fp8,
-                num_cpu_timeout_secs=timeout_s,
-                num_gpu_timeout_secs=timeout_s,
+                num_cpu_timeout_secs=settings.timeout_s,
+                num_gpu_timeout_secs=settings.timeout_s,
             )
 
     def capture(self) -> Any:

@@ -32,7 +32,7 @@ class DeepEP:
         if first:
             self._buffer = DeepEPBuffer(settings=settings, shape=shape, group=parallel.world_group, device=device)
         else:
-            self._buffer = ElasticDeepEPBuffer(settings=settings, shape=shape, group=parallel.world_group)
+            self._buffer = ElasticDeepEPBuffer(settings=settings, shape=shape, group=parallel.world_group, device=device)
 
     def dispatcher(self, alignment: int, *, fp8_rows: bool) -> Dispatcher[Any]:
         """For one layer. alignment: rows per expert block in normal mode. fp8_rows: what travels as FP8 reaches the experts so."""

@@ -12,7 +12,7 @@ import pytest
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.deepep_rules import deepep_memory, read_tuning
 from moesaic.launch.errors import ConfigError
-from moesaic.launch.hardware import Hardware
+from moesaic.launch.hardware import Hardware, _missing_deepep
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.report import report_rows
 from moesaic.launch.resolution import Resolution, resolve
@@ -48,6 +48,7 @@ def _row(resolution: Resolution) -> str:
 def test_the_report_shows_mode_sizes_and_queues() -> None:
     row = _row(settle(quantization="fp8"))
     assert "deepep, mode auto: normal if any rank prefills, else low_latency, FP8 to the experts, bf16 back" in row
+    assert "up to 128 tokens per rank in low-latency steps" in row
     assert "NVLink buffer" in row and "RDMA buffer" in row and "32 QPs per rank of depth 1024 (NVSHMEM_QP_DEPTH)" in row
     assert "deepep_v2, mode normal, bf16, buffer" in _row(settle(moe_a2a_backend="deepep_v2", deepep_mode="normal"))
 
@@ -107,6 +108,13 @@ def test_what_deepep_cannot_do_is_refused_at_start(flags: dict[str, Any], hardwa
     with pytest.raises(ConfigError) as caught:
         settle(hardware, **flags)
     assert wanted in str(caught.value)
+
+
+def test_a_machine_without_deepep_says_so_and_how_to_get_it() -> None:
+    """Asked in a process of its own, as a launcher with GPUs does."""
+    reason = _missing_deepep("deepep")
+    assert reason is not None and "deep_ep can't be imported" in reason and "install.sh" in reason
+    assert _missing_deepep("torch") is None
 
 
 def test_tuning_is_json_or_a_file_of_it(tmp_path: Path) -> None:

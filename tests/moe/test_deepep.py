@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from deepep_jobs import (
     direct_sum,
     dispatch_job,
     late_job,
+    misuse_job,
     two_in_flight_job,
 )
 from rank_pool import RankPool
 
 from moesaic.moe.deepep_config import ChunkSizes
+from moesaic.moe.deepep_library import DeepEPError
+from moesaic.moe.deepep_v1 import _settle_qp_depth
 from moesaic.moe.dispatch_mode import DispatchMode
 
 GENERATIONS = ["deepep", "deepep_v2"]
@@ -134,8 +138,49 @@ def test_the_tuning_of_the_flags_reaches_the_kernels(rank_pool: RankPool) -> Non
     ],
 )
 def test_who_is_late_is_named_where_it_can_be_known(rank_pool: RankPool, generation: str, mode: DispatchMode, names: str) -> None:
+    """And always the layer and the micro-batch."""
     layout = DeepEPLayout(generation=generation, world=4, mode=mode.value)
     messages = rank_pool.run(4, late_job, layout, DeepEPCase(mode=mode, counts=(1, 2, 3, 4)), 2, 0.15)
     assert messages[2] is None
     for message in itertools.compress(messages, (1, 1, 0, 1)):
         assert message is not None and names in message
+        assert message.startswith("operation dispatch_b of layer 5 failed in micro-batch 1: ")
+
+
+def test_the_stand_in_is_strict(rank_pool: RankPool) -> None:
+    """It raises where the real library fails or corrupts, and delivers no sooner than the real one."""
+    for found in rank_pool.run(2, misuse_job):
+        assert found.pop("before its hook") == "True -2147483648"
+        assert (found.pop("before its event"), found.pop("after its event"), found.pop("overwritten")) == ("True", "True", "True")
+        assert int(found.pop("after its hook")) > 0
+        wanted = {
+            "combine too early": "before its dispatch was received",
+            "third alive": "third call alive: it overwrites a dispatch that was not received",
+            "hook twice": "called twice",
+            "wrong dtype": "x.scalar_type() == torch.bfloat16",
+            "both": "not(async and return_recv_hook)",
+            "too many experts": "num_rc_per_pe 4 >= num_local_experts",
+            "dirty": "clean_low_latency_buffer comes first",
+            "stream": "previous_event.has_value() and async",
+            "small": "LEGACY_NUM_BUFFER_ALIGNMENT_BYTES",
+        }
+        assert {what: wanted[what] for what in found if wanted[what] in found[what]} == wanted, found
+
+
+@pytest.mark.parametrize(("given", "legal"), [("258", True), ("257", False), ("deep", False)])
+def test_a_queue_depth_that_is_too_low_is_refused_with_the_one_that_is_wanted(
+    given: str, legal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", given)
+    if legal:
+        _settle_qp_depth(1024, 258)
+        return
+    with pytest.raises(DeepEPError, match=f"NVSHMEM_QP_DEPTH={given}: .* need 258 or more; unset it, or set it to 1024"):
+        _settle_qp_depth(1024, 258)
+
+
+def test_more_tokens_deepen_the_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "")  # so that what is set below is taken back
+    monkeypatch.delenv("NVSHMEM_QP_DEPTH")
+    _settle_qp_depth(4096, 2050)
+    assert os.environ["NVSHMEM_QP_DEPTH"] == "4096"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from moesaic.kernels.quant import dequantize_per_token
 from moesaic.moe.deepep_config import ChunkSizes, DeepEPSettings, ExchangeShape
-from moesaic.moe.deepep_library import DeepEPError
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
 from moesaic.moe.deepep_v2 import ElasticDeepEPBuffer, ElasticDeepEPDispatcher
 from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import DispatchPlan, ExpertRows, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.gate import TopK
+from moesaic.overlap.operations import Operation, OperationError, State, run_stage
 
 HIDDEN, INNER, CAP = 2048, 8, 16
 """The smallest hidden size that the low-latency kernels are built for; tokens per rank of a low-latency step."""
@@ -103,6 +104,7 @@ def make_dispatcher(layout: DeepEPLayout, purpose: str = "forward", **options: A
         fp8=layout.fp8,
         dispatch=layout.chunks,
         combine=layout.chunks,
+        **options,
     )
     shape = ExchangeShape(
         num_ranks=layout.world, ranks_per_node=layout.world, num_slots=layout.num_slots, hidden_size=HIDDEN, topk=8
@@ -111,7 +113,7 @@ def make_dispatcher(layout: DeepEPLayout, purpose: str = "forward", **options: A
     if layout.generation == "deepep":
         buffer = DeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
         return DeepEPDispatcher(buffer, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
-    elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group, **options)
+    elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
     return ElasticDeepEPDispatcher(elastic, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
 
 
@@ -171,23 +173,79 @@ def two_in_flight_job(rank: int, layout: DeepEPLayout, cases: tuple[DeepEPCase, 
 
 
 def late_job(rank: int, layout: DeepEPLayout, case: DeepEPCase, late_rank: int, deadline_s: float) -> str | None:
-    """One rank comes late to a dispatch: what the others are told. Returns the message (None on the late rank).
+    """One rank comes late to the dispatch of layer 5 in the second micro-batch: what the others are told (None on the late rank).
 
     On a group of its own purpose, which is usable again afterwards.
     """
-    v2 = layout.generation == "deepep_v2"
-    dispatcher = make_dispatcher(layout, "rows", **({"timeout_s": deadline_s} if v2 else {}))
+    dispatcher = make_dispatcher(layout, "rows", timeout_s=deadline_s)
     library = dispatcher._buffer.library
-    if not v2:
+    if layout.generation == "deepep":
         library.cpu_timeout_s = library.gpu_timeout_s = deadline_s
     if rank == late_rank:
         time.sleep(3 * deadline_s)
     hidden, topk = case_inputs(layout, case, rank)
+    plan = DispatchPlan(mode=case.mode, num_tokens_per_rank=case.counts)
+    operations = [
+        Operation("dispatch_a", lambda state: state.put("handle", dispatcher.dispatch_a(hidden.float(), topk, plan)), 5),
+        Operation("dispatch_b", lambda state: state.put("received", dispatcher.dispatch_b(state.take("handle"))), 5),
+    ]
     message = None
     try:
-        handle = dispatcher.dispatch_a(hidden.float(), topk, DispatchPlan(mode=case.mode, num_tokens_per_rank=case.counts))
-        dispatcher.dispatch_b(handle)
-    except DeepEPError as error:
+        run_stage(operations, State(), 1)
+    except OperationError as error:
         message = str(error)
     library.fabric.drain()
     return message
+
+
+def misuse_job(rank: int) -> dict[str, str]:
+    """What the stand-in says of each misuse, and what results hold before they were received. Ranks do alike."""
+    make_dispatcher(DeepEPLayout(generation="deepep", world=2))
+    import deep_ep
+
+    group, found = rank_pool.group_of((0, 1)), {}
+    buffer = deep_ep.Buffer(group, 1 << 26, 1 << 26, low_latency_mode=True, num_qps_per_rank=4)
+    case = DeepEPCase(mode=LOW_LATENCY, counts=(3, 2))
+    hidden, topk = case_inputs(DeepEPLayout(generation="deepep", world=2), case, rank)
+
+    def said(what: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except (RuntimeError, AssertionError) as error:
+            found[what] = str(error)
+
+    def send(**options: Any) -> Any:
+        return buffer.low_latency_dispatch(hidden, topk.ids, CAP, 8, **{"use_fp8": False, "return_recv_hook": True} | options)
+
+    rows, count, handle, _, hook = send()
+    found["before its hook"] = f"{bool(rows.isnan().all())} {int(count.max())}"
+    outputs = torch.zeros(4, 2 * CAP, HIDDEN, dtype=torch.bfloat16)
+    said("combine too early", lambda: buffer.low_latency_combine(outputs, topk.ids, topk.weights, handle))
+    second = send()
+    said("third alive", send)
+    hook(), second[4]()
+    said("hook twice", hook)
+    found["after its hook"] = f"{int(count.sum())}"
+    third = send()
+    found["overwritten"] = str(bool(rows.isnan().all()))
+    third[4]()
+    said("wrong dtype", lambda: buffer.low_latency_dispatch(hidden.float(), topk.ids, CAP, 8))
+    said("both", lambda: send(async_finish=True))
+    said("too many experts", lambda: buffer.low_latency_dispatch(hidden, topk.ids, CAP, 16, use_fp8=False))
+    layout = buffer.get_dispatch_layout(topk.ids, 8)
+    received = buffer.dispatch(
+        hidden,
+        num_tokens_per_rank=layout[0],
+        is_token_in_rank=layout[3],
+        num_tokens_per_expert=layout[2],
+        topk_idx=topk.ids,
+        topk_weights=topk.weights,
+        async_finish=True,
+    )
+    found["before its event"] = str(bool(received[0].isnan().all()))
+    received[-1].current_stream_wait()
+    found["after its event"] = str(not received[0].isnan().any())
+    said("dirty", send)
+    said("stream", lambda: buffer.combine(received[0], received[4], allocate_on_comm_stream=True))
+    said("small", lambda: deep_ep.Buffer(group, 100))
+    return found
