@@ -65,7 +65,16 @@ def _candidates(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[Candidate]:
     if topology.moe_dense_tp_size < topology.attn_tp_size:
         flag = f"--moe-dense-tp-size {topology.attn_tp_size}"
         yield flag, replace(inputs, topology=replace(topology, moe_dense_tp_size=topology.attn_tp_size))
+    yield from _format_candidates(inputs)
     yield from _wider_candidate(inputs)
+
+
+def _format_candidates(inputs: MemoryInputs) -> Iterator[Candidate]:
+    """Smaller numbers, where there are kernels for them."""
+    if inputs.config.device == "cuda" and inputs.model.fp8_block is not None and "routed experts" not in inputs.fp8:
+        yield "--quantization fp8", replace(inputs, fp8=inputs.fp8 | {"routed experts"})
+    if inputs.config.kv_dtype != "float8_e4m3fn":
+        yield "--kv-cache-dtype fp8_e4m3", _with(inputs, kv_dtype="float8_e4m3fn")
 
 
 def _pool_candidates(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[Candidate]:
@@ -111,7 +120,7 @@ def _wider_candidate(inputs: MemoryInputs) -> Iterator[Candidate]:
         yield f"{flags} (twice the ranks, on as much memory each)", replace(inputs, topology=wider, num_slots=slots)
 
 
-def _with(inputs: MemoryInputs, **changes: int | float | bool) -> MemoryInputs:
+def _with(inputs: MemoryInputs, **changes: int | float | bool | str) -> MemoryInputs:
     return replace(inputs, config=replace(inputs.config, **changes))  # type: ignore[arg-type]
 
 

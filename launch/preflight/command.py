@@ -114,7 +114,7 @@ def check_machine(config: ServerConfig, *, cuda: bool) -> Iterator[Finding]:
 
 def needs_cuda(config: ServerConfig, plan: Plan | None) -> bool:
     """Whether the flags ask for CUDA, or chose it themselves because it is there."""
-    asked = config.device == "cuda" or config.moe_a2a_backend.startswith("deepep")
+    asked = config.device == "cuda" or config.moe_a2a_backend not in {"none", "torch"}
     return asked or (plan is not None and plan.resolution.config.device == "cuda")
 
 

@@ -55,7 +55,11 @@ def _check_torch(needed: bool) -> Finding:
         if needed:
             return fail("CUDA", found, "pip install the torch of the driver's CUDA version (https://pytorch.org/get-started)")
         return ok("CUDA", f"{found}; the flags need none")
-    return ok("CUDA", f"torch {torch.__version__} with CUDA {torch.version.cuda}")
+    found = f"torch {torch.__version__} with CUDA {torch.version.cuda}"
+    if needed and not torch.cuda.device_count():
+        remedy = "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for it (nvidia-smi shows the newest CUDA it takes)"
+        return fail("CUDA", f"{found} sees no GPU", remedy)
+    return ok("CUDA", found)
 
 
 def _check_nccl(needed: bool) -> Finding:

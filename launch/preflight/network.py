@@ -59,6 +59,19 @@ def check_interface(towards: str, addresses: Mapping[str, str], environment: Map
     return ok(what, found)
 
 
+def check_interfaces(root: Path, addresses: Mapping[str, str]) -> Finding:
+    """All interfaces under `root` (/sys/class/net) that are up and have an address, so that the fast one can be named."""
+    up = [name for name in sorted(addresses) if not addresses[name].startswith("127.") and _read(root / name / "carrier") != "0"]
+    found = "; ".join(f"{name} {addresses[name]} ({_speed(root / name)}MTU {_read(root / name / 'mtu') or '?'})" for name in up)
+    return ok("network interfaces", found or "loopback only")
+
+
+def _speed(interface: Path) -> str:
+    """In words; nothing for one that doesn't say (a bridge says -1, or gives an error)."""
+    text = _read(interface / "speed")
+    return f"{int(text) / 1000:g} Gb/s, " if text.isdecimal() else ""
+
+
 def check_host_name(own_name: str, address_of_name: str | None, addresses: Mapping[str, str], gloo_interface: str) -> Finding:
     """gloo tells other nodes the address that this node's own name has, unless it is told an interface."""
     what = "own name"
@@ -168,9 +181,9 @@ def _read(path: Path) -> str:
 
 def check_network(address: str | None, *, rdma: bool, deepep: bool) -> Iterator[Finding]:
     """All of them. `address`: --dist-init-addr of a server of several nodes, else None. `rdma`: GPUs talk to other machines."""
-    environment = os.environ
+    environment, addresses = os.environ, interfaces()
+    yield check_interfaces(Path("/sys/class/net"), addresses)
     if address is not None:
-        addresses = interfaces()
         yield check_interface(address, addresses, environment)
         host, _ = split_address(address)
         # On loopback (a trial on one machine) ranks are told to use it.

@@ -275,11 +275,15 @@ def test_deepseek_v3_fits_in_the_published_layouts(flags: dict[str, Any], gpu_gb
         (
             EP32_PREFILL,
             {"fp8": frozenset()},
-            ("weights: routed experts 42.", "--ep-num-redundant-experts 64 (twice the ranks"),
+            ("weights: routed experts 42.", "--quantization fp8 frees 21.77 GiB; that is enough"),
         ),
         (EP32_PREFILL | {"chunked_prefill_size": 32 * 16384}, {}, ("--chunked-prefill-size 262144 frees", "that is enough")),
         (EP32_PREFILL | {"context_length": 163840}, {}, ("--context-length 81920 frees",)),
-        (EP32_PREFILL | {"max_total_tokens": 400_000}, {}, ("--max-total-tokens 350528 frees 3.2", "that is enough")),
+        (
+            EP32_PREFILL | {"max_total_tokens": 400_000},
+            {},
+            ("--max-total-tokens 350528 frees 3.2", "--kv-cache-dtype fp8_e4m3 frees 13.0", "that is enough"),
+        ),
         (EP72_DECODE, {"communication": low_latency_buffers, "num_slots": 72 * 20}, ("--ep-num-redundant-experts 0 frees",)),
     ],
 )

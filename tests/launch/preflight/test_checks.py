@@ -22,7 +22,7 @@ from moesaic.launch.models.config import load_model_config
 from moesaic.launch.preflight.devices import check_gpus
 from moesaic.launch.preflight.findings import Finding
 from moesaic.launch.preflight.limits import Needs, check_cores, check_memlock, check_nofile, check_shm
-from moesaic.launch.preflight.network import check_gpudirect, check_host_name, check_interface, check_rdma
+from moesaic.launch.preflight.network import check_gpudirect, check_host_name, check_interface, check_interfaces, check_rdma
 from moesaic.launch.preflight.ports import check_ports
 
 Tiny = Callable[..., TinyModel]
@@ -193,6 +193,21 @@ def test_an_interface_that_does_not_exist_is_named() -> None:
     assert check_interface("127.0.0.1:5000", addresses, {"NCCL_SOCKET_IFNAME": "=eth0"}).found == "lo (127.0.0.1)"
     finding = check_interface("127.0.0.1:5000", addresses, {"GLOO_SOCKET_IFNAME": "bond0"})
     assert finding.status == "fail" and "GLOO_SOCKET_IFNAME=bond0 is no interface here" in finding.found
+
+
+def test_interfaces_are_told_with_address_and_speed(tmp_path: Path) -> None:
+    for name, files in {
+        "eth0": {"speed": "25000", "mtu": "9000", "carrier": "1"},
+        "docker0": {"carrier": "0"},
+        "br0": {"speed": "-1"},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(f"{text}\n")
+
+    finding = check_interfaces(tmp_path, {"lo": "127.0.0.1", "eth0": "10.0.0.5", "docker0": "172.17.0.1", "br0": "10.1.0.1"})
+
+    assert finding.found == "br0 10.1.0.1 (MTU ?); eth0 10.0.0.5 (25 Gb/s, MTU 9000)"
 
 
 @pytest.fixture
