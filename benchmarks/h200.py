@@ -22,6 +22,7 @@ from pathlib import Path
 import bare_import  # noqa: F401  before anything of moesaic
 import torch
 from h200_cases import Call, Case, Ready, all_cases
+from h200_expert_cases import expert_cases
 from h200_step_cases import step_cases
 from torch import Tensor
 
@@ -64,7 +65,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("h200-report"), help="folder of report.json and report.md")
     arguments = parser.parse_args()
     word = arguments.only or ""
-    cases = [case for case in all_cases() + step_cases() if (case.in_quick or not arguments.quick) and word in case.name]
+    cases = [
+        case for case in all_cases() + step_cases() + expert_cases() if (case.in_quick or not arguments.quick) and word in case.name
+    ]
     if arguments.list or not torch.cuda.is_available():
         _print_plan(cases, why="" if arguments.list else "no CUDA device here; on one this would run:")
         return 0

@@ -42,6 +42,13 @@ def compile_contiguous(
     num_experts: int, width: int, depth: int, *, scaled: bool, num_blocks: int = HOPPER_PROCESSORS, options: str = ""
 ) -> Any:
     """The kernel for x [any multiple of 128, depth] and weight [E, width, depth], compiled."""
+    a, out, scales = contiguous_forms(width, depth, scaled=scaled)
+    kernel = GroupedGemm(num_blocks=num_blocks, scaled=scaled, contiguous=True)
+    return _compiled(kernel, a, out, scales, (num_experts, width, depth), options)
+
+
+def contiguous_forms(width: int, depth: int, *, scaled: bool) -> tuple[Any, Any, Any]:
+    """x, the result and the scales of x as `compile_contiguous` is told of them; `as_cute` gives tensors of just these forms."""
     rows = cute.sym_int32(divisibility=ROWS)
     # A dimension of 1 has stride 0: DLPack's tensors come like that.
     a, out = (
@@ -49,9 +56,7 @@ def compile_contiguous(
         for kind, columns in ((_kind(scaled), depth), (cutlass.BFloat16, width))
     )
     stride = cute.sym_int64(divisibility=ROWS)
-    scales = make_fake_tensor(cutlass.Float32, (rows, depth // BLOCK, 1), (1, stride, 0), assumed_align=4)
-    kernel = GroupedGemm(num_blocks=num_blocks, scaled=scaled, contiguous=True)
-    return _compiled(kernel, a, out, scales, (num_experts, width, depth), options)
+    return a, out, make_fake_tensor(cutlass.Float32, (rows, depth // BLOCK, 1), (1, stride, 0), assumed_align=4)
 
 
 def _compiled(kernel: GroupedGemm, a: Any, out: Any, a_scales: Any, weight: tuple[int, int, int], options: str) -> Any:

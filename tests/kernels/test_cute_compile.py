@@ -21,6 +21,39 @@ def test_every_kernel_compiles_for_hopper_and_needs_what_the_table_says(tmp_path
     assert not list(tmp_path.iterdir()), "it leaves files behind"
 
 
+SHOW_FORMS = """
+import os
+os.environ["CUTE_DSL_ARCH"] = "sm_90a"
+import torch
+from cutlass import cute
+from moesaic.kernels.cute.grouped_gemm import as_cute, contiguous_forms
+from moesaic.kernels.quant import FP8, empty_scales
+
+@cute.jit
+def show(x):
+    print(x.type)
+
+x = torch.zeros(384, 256)
+for scaled, dtype in ((True, FP8), (False, torch.bfloat16)):
+    scales = as_cute(empty_scales(x, mn_major=True).zero_(), alignment=4, rows_fastest=True)
+    tensors = (as_cute(x.to(dtype)), as_cute(torch.zeros(384, 512, dtype=torch.bfloat16)), scales)
+    for told, given in zip(contiguous_forms(512, 256, scaled=scaled), tensors):
+        cute.compile(show, told)
+        cute.compile(show, given)
+"""
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed (pip install nvidia-cutlass-dsl)")
+def test_any_number_of_rows_comes_in_the_form_that_the_kernel_was_compiled_for(tmp_path: Path) -> None:
+    script = tmp_path / "show_forms.py"  # the DSL reads a function's source from its file
+    script.write_text(SHOW_FORMS, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    forms = [line.replace("generic", "gmem") for line in done.stdout.splitlines() if "memref" in line]
+    assert len(forms) == 12
+    assert forms[::2] == forms[1::2]
+
+
 @pytest.mark.parametrize(("name", "needs"), json.loads(TABLE.read_text(encoding="utf-8")).items())
 def test_no_kernel_spills_and_each_uses_hoppers_own_instructions(name: str, needs: dict[str, int]) -> None:
     assert needs["spilled_bytes"] == 0

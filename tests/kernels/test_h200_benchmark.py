@@ -35,6 +35,13 @@ def step_cases(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return h200_step_cases
 
 
+@pytest.fixture
+def expert_cases(cases: ModuleType) -> ModuleType:
+    import h200_expert_cases
+
+    return h200_expert_cases
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_without_a_gpu_it_says_what_it_would_run(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "h200.py"), "--quick", "--only", "mla_decode"]
@@ -54,14 +61,18 @@ def test_moesaic_is_found_in_the_repository_where_it_is_not_installed() -> None:
     assert done.stdout.strip() == str(BENCHMARKS.parent / "kernels" / "quant.py"), done.stderr
 
 
-def test_every_kernel_has_a_quick_case_and_bytes_to_move(cases: ModuleType, step_cases: ModuleType) -> None:
-    found = cases.all_cases() + step_cases.step_cases()
+def test_every_kernel_has_a_quick_case_and_bytes_to_move(
+    cases: ModuleType, step_cases: ModuleType, expert_cases: ModuleType
+) -> None:
+    found = cases.all_cases() + step_cases.step_cases() + expert_cases.expert_cases()
     assert {case.name for case in found if case.in_quick} == {case.name for case in found}
     assert all(case.num_bytes > 0 for case in found)
     assert len({(case.name, case.size) for case in found}) == len(found)
 
 
-def test_each_case_agrees_with_its_reference_and_its_peers_run(cases: ModuleType, step_cases: ModuleType) -> None:
+def test_each_case_agrees_with_its_reference_and_its_peers_run(
+    cases: ModuleType, step_cases: ModuleType, expert_cases: ModuleType
+) -> None:
     small = [
         *cases._row_cases(8),
         *cases._decode_expert_cases(4, 32)[:2],
@@ -73,6 +84,8 @@ def test_each_case_agrees_with_its_reference_and_its_peers_run(cases: ModuleType
         step_cases._embed(4),
         *step_cases._sampling(4),
         step_cases._peers(3),
+        expert_cases._experts(1, 3, masked=True),
+        expert_cases._experts(1, 3, masked=False),
     ]
     for case in small:
         ready = case.make()

@@ -22,7 +22,7 @@ class SharedWindow(PeerWindow):
 
 
 def shared_windows(
-    layout: PeerLayout, rank: int, group: dist.ProcessGroup | None, device: str, *, most_polls: int = 50_000
+    layout: PeerLayout, rank: int, group: dist.ProcessGroup | None, device: str, *, most_polls: int = 400_000
 ) -> list[PeerWindow]:
     """As `symm_windows.symmetric_windows`, on CPU. In the interpreter a poll takes some 0.1 ms."""
     num_bytes, folder = NUM_WINDOWS * layout.num_bytes, Path("/dev/shm")
