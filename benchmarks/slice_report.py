@@ -204,9 +204,11 @@ def plan_line(report: dict[str, Any]) -> str:
     size = sum(report["needed_bytes"].values()) / 1e9
     floor, network = report["floor_ms"], report["tabulated_communication_ms"]
     most, least = report["floor_tokens_per_s_per_node"], report["floor_tokens_per_s_per_node_nothing_hidden"]
+    published = ", ".join(f"{figure:,.0f}" for figure in report["published_tokens_per_s_per_node"].values())
     return (
         f"{report['name']:42} {report['rows_per_layer']:7,} rows/layer  {size:6.1f} GB  floor {floor:7.1f} ms  "
         f"network {network:7.1f} ms  at most {least:9,.0f} (nothing hidden) to {most:9,.0f} tok/s/node"
+        f"{f'  published {published}' if published else ''}"
     )
 
 
