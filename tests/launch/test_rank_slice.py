@@ -115,6 +115,12 @@ def test_without_a_gpu_it_says_what_it_would_run_and_what_the_floors_allow(capsy
     assert "2 cases" in said
 
 
+def test_words_that_no_case_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rank_slice.main(["--only", "decode EP7 "])
+    assert "no case has 'decode EP7 ' in its name" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
     large = next(case for case in all_cases() if case.name == "decode EP72 256 x 4096")
     problem = rank_slice.refusal(DEEPSEEK_V3, large, 80 * 10**9)

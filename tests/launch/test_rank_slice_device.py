@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic import kernels
 from moesaic.kernels.triton.launch import recorded
-from moesaic.moe.dispatcher import DispatchMode
+from moesaic.moe.dispatch_mode import DispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
