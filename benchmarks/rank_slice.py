@@ -37,12 +37,12 @@ DEADLINE_S = 480.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     config, cases = (TINY, tiny_cases()) if options.cpu_tiny else (DEEPSEEK_V3, all_cases())
     chosen = [case for case in cases if (case.in_quick or not options.quick) and options.only in case.name]
     if not chosen:
-        print(f"no case has {options.only!r} in its name; --list shows them all", file=sys.stderr)
-        return 1
+        parser.error(f"no case has {options.only!r} in its name; --list shows them all")
     if options.list or not (options.cpu_tiny or torch.cuda.is_available()):
         _print_plan(config, chosen, why="" if options.list else "no CUDA device here; on one this would run:")
         return 0

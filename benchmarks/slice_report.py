@@ -14,7 +14,7 @@ import bare_import  # noqa: F401  before anything of moesaic
 from slice_cases import Case
 from slice_network import RANKS_PER_NODE, SOURCE
 from slice_roofline import BANDWIDTH_H100_OVER_H200, GROUPS, Group, Machine, Work, step_work
-from slice_run import VARIANTS, Measured, needed_bytes
+from slice_run import VARIANTS, Measured, Variant, needed_bytes
 
 from moesaic.launch.models.config import ModelConfig
 
@@ -84,7 +84,7 @@ def case_report(
         "tabulated_communication_ms": communication_ms,
         "floor_tokens_per_s_per_node": _per_node(case, max(floor_ms, communication_ms)),
         "floor_tokens_per_s_per_node_nothing_hidden": _per_node(case, floor_ms + communication_ms),
-        "variants": {name: _variant(case, step_ms.get(name)) for name in VARIANTS},
+        "variants": {name: _variant(case, name, step_ms) for name in VARIANTS},
         "roofline_share": floor_ms / step_ms["alone"] if "alone" in step_ms else None,
         "hidden_share": _hidden_share(step_ms, communication_ms),
         "derived_h100": _derived(case, machine, work, measured),
@@ -105,18 +105,24 @@ def _group(work: Work, machine: Machine, group: Group, measured: Measured | None
     }
 
 
-def _variant(case: Case, step_ms: float | None) -> dict[str, float | None]:
-    if step_ms is None:
-        return {"step_ms": None, "tokens_per_s": None, "tokens_per_s_per_node": None}
-    per_node = _per_node(case, step_ms)
-    return {"step_ms": step_ms, "tokens_per_s": per_node / RANKS_PER_NODE, "tokens_per_s_per_node": per_node}
+def _variant(case: Case, name: Variant, step_ms: dict[Variant, float]) -> dict[str, float | None]:
+    """over_alone_ms: what communication, and splitting, add to the step without communication."""
+    if name not in step_ms:
+        return dict.fromkeys(("step_ms", "over_alone_ms", "tokens_per_s", "tokens_per_s_per_node"))
+    per_node = _per_node(case, step_ms[name])
+    return {
+        "step_ms": step_ms[name],
+        "over_alone_ms": step_ms[name] - step_ms["alone"],
+        "tokens_per_s": per_node / RANKS_PER_NODE,
+        "tokens_per_s_per_node": per_node,
+    }
 
 
 def _per_node(case: Case, step_ms: float) -> float:
     return RANKS_PER_NODE * case.num_tokens / step_ms * 1e3
 
 
-def _hidden_share(step_ms: dict[Any, float], communication_ms: float) -> float | None:
+def _hidden_share(step_ms: dict[Variant, float], communication_ms: float) -> float | None:
     """Share of a straight step's tabulated communication that the two-batch step does not show; below 0 where splitting costs more.
     None where communication is too short to tell.
     """
@@ -204,9 +210,11 @@ def plan_line(report: dict[str, Any]) -> str:
     size = sum(report["needed_bytes"].values()) / 1e9
     floor, network = report["floor_ms"], report["tabulated_communication_ms"]
     most, least = report["floor_tokens_per_s_per_node"], report["floor_tokens_per_s_per_node_nothing_hidden"]
+    published = ", ".join(f"{figure:,.0f}" for figure in report["published_tokens_per_s_per_node"].values())
     return (
         f"{report['name']:42} {report['rows_per_layer']:7,} rows/layer  {size:6.1f} GB  floor {floor:7.1f} ms  "
         f"network {network:7.1f} ms  at most {least:9,.0f} (nothing hidden) to {most:9,.0f} tok/s/node"
+        f"{f'  published {published}' if published else ''}"
     )
 
 

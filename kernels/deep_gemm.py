@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels.checks import INDICES, check_tensor
+from moesaic.kernels.gpu import upload
 from moesaic.kernels.quant import empty_scales
 
 ALIGNMENT = 128
@@ -118,7 +119,7 @@ def grouped_gemm_fp8_masked(
 def _expert_of_row(counts: list[int], x: Tensor) -> Tensor:
     """int32 [M]. The CPU does not wait."""
     experts = torch.arange(len(counts), dtype=torch.int32, device=x.device)
-    return experts.repeat_interleave(torch.tensor(counts, device=x.device), output_size=x.shape[0])
+    return experts.repeat_interleave(upload(torch.tensor(counts, dtype=torch.int32), x.device), output_size=x.shape[0])
 
 
 def _expected(x: Tensor, expected_rows: int | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesaic.kernels.checks import INDICES, check_tensor
 from moesaic.kernels.cute.grouped_kernel import ROWS, GroupedGemm
+from moesaic.kernels.gpu import upload
 from moesaic.kernels.quant import BLOCK, FP8, empty_scales
 
 ALIGNMENT = ROWS
@@ -129,7 +130,7 @@ def grouped_gemm_fp8_masked(
 def _aligned(function: str, counts: list[int], x: Tensor) -> Tensor:
     if any(count % ALIGNMENT for count in counts):
         raise ValueError(f"{function}: counts are {counts}, wanted multiples of {ALIGNMENT}: pad each expert's rows")
-    return torch.tensor(counts, dtype=torch.int32, device=x.device)
+    return upload(torch.tensor(counts, dtype=torch.int32), x.device)
 
 
 def _checked_scales(

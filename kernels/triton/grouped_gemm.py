@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moesaic.kernels.checks import FLOATS, INDICES, check_tensor
+from moesaic.kernels.gpu import upload
 from moesaic.kernels.quant import BLOCK, FP8
 from moesaic.kernels.triton.launch import launch, num_processors, power_of_two
 
@@ -114,7 +115,7 @@ def grouped_gemm_contiguous(x: Tensor, weight: Tensor, counts: list[int]) -> Ten
     function = "grouped_gemm_contiguous"
     _check_plain(function, x, weight, rank=2)
     out = x.new_empty(x.shape[0], weight.shape[1])
-    device_counts = torch.tensor(counts, dtype=torch.int32, device=x.device)
+    device_counts = upload(torch.tensor(counts, dtype=torch.int32), x.device)
     _launch(function, x, weight, device_counts, out, None, None, rows_per_expert=max(counts, default=0))
     return out
 
@@ -146,7 +147,7 @@ def grouped_gemm_fp8_contiguous(
 ) -> Tensor:
     """As `kernels.grouped_gemm.grouped_gemm_fp8_contiguous`, whose checks have been made."""
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=out_dtype)
-    device_counts = torch.tensor(counts, dtype=torch.int32, device=x.device)
+    device_counts = upload(torch.tensor(counts, dtype=torch.int32), x.device)
     rows = max(counts, default=0)
     function = "grouped_gemm_fp8_contiguous"
     _launch(function, x, weight, device_counts, out, x_scales, weight_scales, rows_per_expert=rows)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.checks import FLOATS, check_tensor
+from moesaic.kernels.gpu import upload
 from moesaic.kernels.mla_prefill import check_part
 from moesaic.kernels.triton.launch import launch, power_of_two
 
@@ -233,7 +234,7 @@ def _launch(
         value=value,
         out=out,
         lse=lse,
-        tiles=tiles.to(query.device),
+        tiles=upload(tiles, query.device),
         num_heads=num_heads,
         query_row=query.stride(0),
         query_head=query.stride(1),
