@@ -30,12 +30,15 @@ NORMAL, LOW_LATENCY = DispatchMode.NORMAL, DispatchMode.LOW_LATENCY
 
 @dataclass(frozen=True, kw_only=True)
 class DeepEPCase:
-    """One dispatch and combine. `counts`: tokens of each rank. `only_rank`: all choices fall on its experts."""
+    """One dispatch and combine. `counts`: tokens of each rank. `only_rank`: all choices fall on its experts. `gaps`: some choices
+    are -1, all of some tokens.
+    """
 
     mode: DispatchMode
     counts: tuple[int, ...]
     topk: int = 3
     only_rank: int | None = None
+    gaps: bool = False
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
 
@@ -72,6 +75,8 @@ def case_inputs(layout: DeepEPLayout, case: DeepEPCase, rank: int) -> tuple[Tens
         width = layout.num_slots // layout.world
         first = case.only_rank * width
     ids = torch.rand(num_tokens, width, generator=generator).argsort(1)[:, : case.topk] + first
+    if case.gaps:
+        ids[::3, 0], ids[1::3] = -1, -1
     return hidden, TopK(ids=ids, weights=torch.rand(num_tokens, case.topk, generator=generator))
 
 

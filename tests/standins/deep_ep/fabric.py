@@ -6,6 +6,7 @@ process group can be used again.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +62,9 @@ class Fabric:
         assert paths[0] is not None
         self._begun = np.memmap(paths[0], dtype=np.int64, mode="r+", shape=(self.size,))
         self._calls = 0
+        self.barrier()
+        if self.rank == 0:
+            shutil.rmtree(Path(paths[0]).parent)  # all have mapped it
 
     def _new_file(self) -> str:
         path = Path(tempfile.mkdtemp(prefix="deep_ep_standin")) / "progress"
