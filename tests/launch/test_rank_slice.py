@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from rank_pool import RankPool
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moesaic.kernels.grouped_backends import BACKENDS, Name
 from moesaic.moe.communication import Communications
 from moesaic.moe.device_experts import make_expert_runner
 from moesaic.moe.dispatch_mode import DispatchMode
@@ -32,34 +34,43 @@ from slice_run import RankSlice, SliceStep
 from slice_traffic import RankPlace
 from slice_wire import HostWire
 
-MODES = [DispatchMode.NORMAL, DispatchMode.LOW_LATENCY]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_rank_has_the_rows_and_products_of_a_rank_of_a_real_ep_group(mode: DispatchMode, rank_pool: RankPool) -> None:
-    """Real dispatchers over gloo say what each of two ranks receives; the loopback one then delivers the same."""
-    case = DispatchCase(backend="torch", mode=mode, world=2, counts=(5, 5), ep=2)
+@pytest.mark.parametrize(
+    ("mode", "runner"),
+    [(DispatchMode.NORMAL, "triton"), (DispatchMode.NORMAL, "deep_gemm"), (DispatchMode.LOW_LATENCY, "triton")],
+    ids=["normal", "normal, aligned", "low latency"],
+)
+def test_the_rank_has_the_rows_and_products_of_a_rank_of_a_real_ep_group(
+    mode: DispatchMode, runner: Name, rank_pool: RankPool
+) -> None:
+    """Real dispatchers over gloo say what each of two ranks gets for the same choices; the loopback one delivers the same."""
+    alignment = BACKENDS[runner].alignment if mode is DispatchMode.NORMAL else 1
+    case = DispatchCase(backend="torch", mode=mode, world=2, counts=(5, 5), ep=2, alignment=alignment)
+    chosen = torch.cat([case_inputs(case, source)[1].ids for source in range(case.world)]).flatten()
+    rows = chosen.bincount(minlength=case.num_experts).view(case.world, -1).tolist()
     results: list[DispatchResult] = [each[0] for each in rank_pool.run(2, dispatch_job, [case])]
     place = RankPlace(ep_size=2, num_slots=case.num_experts, num_experts=case.num_experts, topk=case.topk)
     for rank, real in enumerate(results):
         group = LoopbackGroup(
             place=place,
             wire=HostWire(),
-            counts=lambda tokens, pattern, real=real: real.counts,
+            counts=lambda tokens, pattern, rank=rank: rows[rank],
             seconds=lambda direction, mode, tokens: 0.0,
             device=CPU,
+            runner=runner,
         )
-        dispatcher, runner = LoopbackDispatcher(group, 0, Communications()), _runner(place.num_local)
+        dispatcher, experts = LoopbackDispatcher(group, 0, Communications()), _runner(place.num_local)
         hidden, topk = case_inputs(case, rank)
         plan = DispatchPlan(mode=mode, num_tokens_per_rank=case.counts)
         received = dispatcher.dispatch_b(dispatcher.dispatch_a(hidden, topk, plan))
         assert tuple(received.rows.hidden.shape) == real.rows_shape
         assert torch.as_tensor(received.rows.counts).tolist() == real.counts
         with FlopCounterMode(display=False) as counter:
-            outputs = runner.run(received.rows)
-        rows = sum(real.counts) if mode is DispatchMode.NORMAL else received.rows.hidden.shape[0] * received.rows.hidden.shape[1]
-        assert counter.get_total_flops() == 2 * rows * 3 * HIDDEN * runner.inner_size
+            outputs = experts.run(received.rows)
+        computed = math.prod(real.rows_shape[:-1])  # torch's masked product computes the whole block
+        assert counter.get_total_flops() == 2 * computed * 3 * HIDDEN * experts.inner_size
         combined = dispatcher.combine_b(dispatcher.combine_a(outputs, received.handle))
         assert combined.shape == real.output.shape
         assert combined.isfinite().all()
