@@ -20,11 +20,12 @@ from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
 from moesaic.launch.engine.graphs import GraphBackend, GraphedForwards
-from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, LoadObserver
 from moesaic.launch.models.expert_slots import expert_location
 from moesaic.launch.models.forward import ForwardInput, ForwardSplit
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.timeline_marks import TimelineMarks
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, WeightSource

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,60 +9,22 @@ from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.config import MLAConfig
 from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
-from moesaic.eplb.settings import SlotOptions
-from moesaic.kernels.grouped_backends import BACKENDS, Name
-from moesaic.kernels.peer_exchange import PeerLayout
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
-from moesaic.launch.models.deepep import DeepEP
 from moesaic.launch.models.deepseek_v3 import DeepseekV3, Head
+from moesaic.launch.models.dispatchers import Dispatchers
 from moesaic.launch.models.expert_loader import ExpertLoader
 from moesaic.launch.models.expert_slots import choose_replicas, expert_location, replicas_communicate
 from moesaic.launch.models.layers import DenseDecoderLayer, LayerParts, SparseDecoderLayer
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import Shard, WeightSource
-from moesaic.moe.all_gather import AllGatherDispatcher
-from moesaic.moe.all_to_all import AllToAllDispatcher
 from moesaic.moe.communication import Communications
 from moesaic.moe.config import ExpertPlacement, GateConfig
-from moesaic.moe.counted_exchange import CountedExchange
-from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.device_experts import make_expert_runner
-from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertWeights
 from moesaic.moe.gate import Gate
 from moesaic.moe.layer import DenseMLP, SparseLayer
-from moesaic.moe.symm import SymmDispatcher, triton_exchange
-from moesaic.moe.symm_windows import MakeWindows, WindowsInTurn, symmetric_windows
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block, at least.
-
-    `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
-    `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
-    `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
-    `max_dispatch_tokens` of a rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    max_positions: int = 4096
-    expert_backends: tuple[Name, ...] = ("torch",)
-    fp8_experts: bool = False
-    fp8_activations: bool = False
-    alignment: int = 1
-    slots: SlotOptions = field(default_factory=SlotOptions)
-    single_batch_overlap: bool = False
-    deepep: DeepEPSettings = field(default_factory=DeepEPSettings)
-    max_dispatch_tokens: int = 128
-    make_windows: MakeWindows = symmetric_windows
-
-    @property
-    def for_torch(self) -> bool:
-        """Whether torch alone computes the experts."""
-        return self.expert_backends == ("torch",)
 
 
 class DeepseekV3Builder:
@@ -90,8 +48,7 @@ class DeepseekV3Builder:
         self._location = expert_location(config, parallel, options.slots)
         self._replicas = choose_replicas(self._location, parallel, options.slots, options.device, self._communications)
         self._experts: list[ExpertWeights] = []
-        # Before any weight is read: it may be refused, and its memory is the same whatever the weights leave.
-        self._deepep = self._make_deepep()
+        self._dispatchers = Dispatchers(config, parallel, options, self._location.num_slots, self._communications)
         self._rope_table = rope_table(config.rope, options.max_positions).to(options.device)
 
     def build(self) -> DeepseekV3:
@@ -110,7 +67,7 @@ class DeepseekV3Builder:
             replicas=self._replicas,
             communications=self._communications,
             single_batch_overlap=self._options.single_batch_overlap,
-            exchange=self._windows if self._parallel.a2a_backend == "symm" else self._deepep,
+            exchange=self._dispatchers.exchange,
         )
 
     def _tensor(self, name: str, *shape: int, shard: Shard | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -228,7 +185,7 @@ class DeepseekV3Builder:
             gate=gate,
             replicas=self._replicas,
             replicas_communicate=self._replicas is not None and replicas_communicate(self._parallel, self._options.slots),
-            dispatcher=self._dispatcher(placement),
+            dispatcher=self._dispatchers.make(placement),
             experts=make_expert_runner(
                 self._options.expert_backends,
                 experts,
@@ -236,72 +193,6 @@ class DeepseekV3Builder:
                 fp8_activations=self._options.fp8_activations,
             ),
             shared_expert=shared,
-        )
-
-    def _dispatcher(self, placement: ExpertPlacement) -> Dispatcher[Any]:
-        parallel = self._parallel
-        alignment = max(self._options.alignment, *(BACKENDS[name].alignment for name in self._options.expert_backends))
-        if parallel.a2a_backend == "none":
-            return AllGatherDispatcher(
-                placement=placement,
-                dp_rank=parallel.dp_rank,
-                dp_size=parallel.dp_size,
-                dp_group=parallel.dp_group,
-                reduce_group=parallel.world_group,
-                communications=self._communications,
-                alignment=alignment,
-            )
-        if parallel.a2a_backend in ("torch", "symm"):
-            by_collectives = AllToAllDispatcher(
-                placement=placement,
-                group=parallel.world_group,
-                exchange=self._exchange,
-                communications=self._communications,
-                alignment=alignment,
-                halves=self._options.single_batch_overlap,
-            )
-            if parallel.a2a_backend == "torch":
-                return by_collectives
-            return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
-        if self._deepep is not None:
-            return self._deepep.dispatcher(alignment, fp8_rows=self._options.fp8_experts)
-        raise ValueError(f"all-to-all backend {parallel.a2a_backend!r} is not built; choose 'none', 'torch', 'symm' or 'deepep'")
-
-    def _make_deepep(self) -> DeepEP | None:
-        parallel, config = self._parallel, self._config
-        if parallel.a2a_backend not in ("deepep", "deepep_v2"):
-            return None
-        shape = ExchangeShape(
-            num_ranks=parallel.ep_size,
-            ranks_per_node=parallel.ranks_per_node,
-            num_slots=self._location.num_slots,
-            hidden_size=config.hidden_size,
-            topk=config.num_experts_per_tok,
-        )
-        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
-
-    @cached_property
-    def _windows(self) -> WindowsInTurn:
-        """For all layers: a layer's combine is over before the next one's dispatch."""
-        options, parallel = self._options, self._parallel
-        layout = PeerLayout(
-            num_ranks=parallel.ep_size,
-            num_local=self._location.num_slots // parallel.ep_size,
-            max_tokens=options.max_dispatch_tokens,
-            topk=self._config.num_experts_per_tok,
-            hidden=self._config.hidden_size,
-            dtype=options.dtype,
-        )
-        return WindowsInTurn(options.make_windows(layout, parallel.ep_rank, parallel.world_group, options.device))
-
-    @cached_property
-    def _exchange(self) -> CountedExchange:
-        """One for all layers: rows leave in one order."""
-        return CountedExchange(
-            size=self._parallel.ep_size,
-            counts_group=self._parallel.world_group,
-            rows_group=self._parallel.rows_group,
-            communications=self._communications,
         )
 
     def _head(self) -> Head:

@@ -39,8 +39,9 @@ from moesaic.launch.memory_parts import (
     window_bytes,
 )
 from moesaic.launch.memory_plan import memory_choice, memory_rows, plan_memory, render_memory
-from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig, load_model_config, parse_model_config
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.tensors import KINDS, model_tensors
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard

@@ -19,9 +19,10 @@ from tiny_models import BASE, TinyModel
 from torch import Tensor
 
 from moesaic.attention.backend import TorchBackend
-from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import ModelConfig, load_model_config
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard, WeightSource
 
@@ -169,7 +170,7 @@ def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_experts: b
 
 def test_an_unknown_dispatch_backend_and_experts_that_cut_blocks_are_refused(tiny: Tiny) -> None:
     config = load_model_config(tiny("plain").folder)
-    with pytest.raises(ValueError, match="'pplx' is not built; choose 'none', 'torch', 'symm' or 'deepep'"):
+    with pytest.raises(ValueError, match="'pplx' is not built; choose one of none, torch, symm, deepep, deepep_v2"):
         _build(config, DummyWeights(), a2a_backend="pplx")
     options = BuildOptions(max_positions=64, fp8_experts=True)
     with pytest.raises(ValueError, match="this rank's part of an expert is 32 wide, wanted a multiple of 128"):
@@ -180,7 +181,8 @@ LOADER = """
 import sys
 import torch
 from moesaic.attention.backend import TorchBackend
-from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.build import DeepseekV3Builder
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.parallel import ParallelContext

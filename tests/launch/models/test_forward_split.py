@@ -14,9 +14,10 @@ from torch import Tensor
 from moesaic.attention.backend import TorchBackend
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
-from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
+from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.models.forward import ForwardInput
+from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.models.weights import CheckpointWeights
 from moesaic.moe.dispatch_mode import DispatchMode
