@@ -99,6 +99,27 @@ def staging_bytes(inputs: MemoryInputs) -> int:
     return inputs.slots_per_rank * expert_bytes(inputs) if inputs.experts_move and inputs.model.sparse_layers else 0
 
 
+def window_bytes(inputs: MemoryInputs) -> int:
+    """The windows of backend `symm`, which other ranks write into; 0 for another backend."""
+    if inputs.config.moe_a2a_backend != "symm":
+        return 0
+    # Here alone, as both need torch, and whoever asks for this backend has imported it to find the GPUs.
+    import torch
+
+    from moesaic.kernels.peer_exchange import PeerLayout
+    from moesaic.moe.symm_windows import NUM_WINDOWS
+
+    layout = PeerLayout(
+        num_ranks=inputs.topology.ep_size,
+        num_local=inputs.slots_per_rank,
+        max_tokens=inputs.config.max_dispatch_tokens_per_rank,
+        topk=inputs.model.num_experts_per_tok,
+        hidden=inputs.model.hidden_size,
+        dtype=getattr(torch, inputs.config.dtype),
+    )
+    return NUM_WINDOWS * layout.num_bytes
+
+
 def step_tokens(inputs: MemoryInputs) -> int:
     """Rows of the largest step of one DP rank: all running requests and a full chunk, within what low-latency takes."""
     config = inputs.config

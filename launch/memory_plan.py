@@ -21,6 +21,7 @@ from moesaic.launch.memory_parts import (
     rope_table_bytes,
     staging_bytes,
     weight_bytes,
+    window_bytes,
 )
 from moesaic.launch.models.tensors import Kind
 from moesaic.launch.report import Choice
@@ -132,6 +133,12 @@ def _weight_basis(inputs: MemoryInputs, kind: Kind) -> str:
 
 def _own_buffers(inputs: MemoryInputs) -> Iterator[MemoryItem]:
     yield MemoryItem(name="rotary table", num_bytes=rope_table_bytes(inputs), basis=f"{inputs.config.context_length:,} positions")
+    windows = window_bytes(inputs)
+    if windows:
+        tokens = inputs.config.max_dispatch_tokens_per_rank
+        yield MemoryItem(
+            name="symmetric windows", num_bytes=windows, basis=f"{tokens} tokens from each of {inputs.topology.ep_size} ranks"
+        )
     if inputs.config.device == "cuda":
         yield MemoryItem(name="CUDA context", num_bytes=CONTEXT_BYTES, basis="estimate, with its libraries")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from moesaic.attention.backend import TorchBackend
 from moesaic.eplb.location import ExpertLocation
 from moesaic.eplb.settings import SlotOptions
+from moesaic.kernels.peer_exchange import PeerLayout, PeerWindow
 from moesaic.launch.config import ResolvedConfig, ServerConfig
 from moesaic.launch.demo import CHECKPOINT_DIR
 from moesaic.launch.engine.memory import DeviceMemory
@@ -28,7 +29,15 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.gpus import parse_gpus
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.memory_advice import advice, refuse_memory
-from moesaic.launch.memory_parts import MemoryInputs, MemoryItem, expert_bytes, rope_table_bytes, staging_bytes, weight_bytes
+from moesaic.launch.memory_parts import (
+    MemoryInputs,
+    MemoryItem,
+    expert_bytes,
+    rope_table_bytes,
+    staging_bytes,
+    weight_bytes,
+    window_bytes,
+)
 from moesaic.launch.memory_plan import memory_choice, memory_rows, plan_memory, render_memory
 from moesaic.launch.models.build import BuildOptions, DeepseekV3Builder
 from moesaic.launch.models.config import ModelConfig, load_model_config, parse_model_config
@@ -38,6 +47,7 @@ from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard
 from moesaic.launch.resolution import resolve
 from moesaic.launch.startup import make_plan, model_shape
 from moesaic.launch.topology import Topology
+from moesaic.moe.symm_windows import NUM_WINDOWS, windows_in
 
 GB = 10**9
 
@@ -146,6 +156,27 @@ def test_experts_that_stay_fp8_are_planned_with_their_scales(tiny: Callable[...,
 
     held = sum(each.nbytes for each in tensors_in(built.experts, set()))
     assert held == weight_bytes(inputs)["routed experts"] < weight_bytes(settled(model))["routed experts"]
+
+
+def test_symmetric_windows_are_planned_as_large_as_a_rank_makes_them(tiny: Callable[..., TinyModel]) -> None:
+    folder = tiny("fp8", moe_intermediate_size=128, intermediate_size=256, hidden_size=256).folder
+    model = load_model_config(folder)
+    inputs = settled(model)
+    inputs = replace(inputs, config=replace(inputs.config, moe_a2a_backend="symm", max_dispatch_tokens_per_rank=48))
+    made: list[int] = []
+
+    def make_windows(layout: PeerLayout, rank: int, group: dist.ProcessGroup | None, device: str) -> list[PeerWindow]:
+        memory = torch.zeros(NUM_WINDOWS * layout.num_bytes, dtype=torch.uint8)
+        made.append(memory.nbytes)
+        return windows_in(memory, layout, rank, [memory.data_ptr()])
+
+    options = BuildOptions(max_positions=64, fp8_experts=True, max_dispatch_tokens=48, make_windows=make_windows)
+    source = CheckpointWeights(folder)
+    DeepseekV3Builder(model, source, ParallelContext(a2a_backend="symm"), TorchBackend(), options).build()
+
+    assert made == [window_bytes(inputs)]
+    (item,) = [item for item in plan_memory(inputs, None).buffers if item.name == "symmetric windows"]
+    assert item.num_bytes == made[0] and window_bytes(settled(model)) == 0
 
 
 @pytest.mark.parametrize("max_total_tokens", [None, 1000])
