@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moesaic.launch.args import parse_serve
 from moesaic.launch.cli import main
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
+from moesaic.launch.deepep_rules import deepep_memory
 from moesaic.launch.deploy_files import DEPLOY_DIR
 from moesaic.launch.engine.memory import DeviceMemory
 from moesaic.launch.expert_placement import placement_conflicts
@@ -46,19 +48,23 @@ def check_served(configs: list[ServerConfig]) -> None:
     assert config.moe_a2a_backend == "deepep" and config.tp_size == 8 * config.nnodes
     refuse([*layout_conflicts(config), *model_conflicts(config, shape)])
     refuse(placement_conflicts(config, shape, Topology.from_config(config)))
-    # DeepEP and nixl are for machines that have them: here the rules around them are what can be tried.
-    without = replace(config, moe_a2a_backend="torch", disaggregation_transfer_backend="auto", disaggregation_mode="null")
-    without = replace(without, disaggregation_bootstrap_port=8998)
+    # The role itself needs nixl: what it means for dispatch is said in its place.
+    alone = replace(config, disaggregation_transfer_backend="auto", disaggregation_mode="null", disaggregation_bootstrap_port=8998)
+    if config.disaggregation_mode == "prefill":
+        alone = replace(alone, deepep_mode="normal")
     if config.disaggregation_mode == "decode":
-        without = replace(without, deepep_mode="low_latency", chunked_prefill_size=16 * config.dp_size)
-    resolution = resolve(without, shape, Hardware(num_cores=64, num_cuda_devices=8))
+        alone = replace(alone, deepep_mode="low_latency", chunked_prefill_size=16 * config.dp_size)
+    resolution = resolve(alone, shape, Hardware(num_cores=64, num_cuda_devices=8, deepep_missing=None))
+    assert resolution.config.moe_a2a_backend == "deepep" and resolution.config.fp8_experts
     inputs = MemoryInputs(
         model=MODEL,
         topology=resolution.topology,
         config=resolution.config,
         num_slots=MODEL.n_routed_experts + config.ep_num_redundant_experts,
         experts_move=config.enable_eplb,
+        graph_batch_sizes=resolution.config.cuda_graph_rows,
         fp8=frozenset({"routed experts"}),
+        communication=partial(deepep_memory, MODEL, MODEL.n_routed_experts + config.ep_num_redundant_experts),
     )
     refuse_memory(inputs, plan_memory(inputs, H200))
 
