@@ -48,11 +48,8 @@ from moesaic.launch.models.weights import CheckpointWeights, DummyWeights, Shard
 from moesaic.launch.resolution import resolve
 from moesaic.launch.startup import make_plan, model_shape
 from moesaic.launch.topology import Topology
-<<<<<<< HEAD
-=======
 from moesaic.moe.deepep_config import ExchangeShape
 from moesaic.moe.deepep_memory import low_latency_bytes
->>>>>>> 0a02ed46bafcf2c777b8b2d0c2a5128710c88c5a
 from moesaic.moe.symm_windows import NUM_WINDOWS, windows_in
 
 GB = 10**9
