@@ -60,7 +60,8 @@ def hang(server: HttpServer) -> None:
 def test_every_client_gets_an_error_that_names_the_rank(
     model_path: Path, happens: Callable[[HttpServer], None], words: str
 ) -> None:
-    with HttpServer(model_path, dp_size=2, heartbeat_deadline=0.6, drain_seconds=0.1) as server:
+    # Long enough that nine clients starting at once on a slow machine don't look like a rank that has fallen silent.
+    with HttpServer(model_path, dp_size=2, heartbeat_deadline=1.5, drain_seconds=0.1) as server:
         slow(server)
         begun = threading.Barrier(9)
 
