@@ -63,10 +63,10 @@ def _why_taken(host: str, port: int) -> str | None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As servers do: what a server that has just ended leaves behind is no obstacle.
+            # As servers do: what a server that has just ended leaves behind is no obstacle. And not listening: another node on this
+            # machine may be looking at the same port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            probe.listen()
     except (OSError, OverflowError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
