@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, DecodeBucket
 from moesaic.kernels.mla_decode import mla_decode
 from moesaic.kernels.mla_prefill import mla_prefill
+from moesaic.kernels.prefill_libraries import FlashInferPrefill, Prefill, sdpa_prefill
 
 
 class AttentionBackend(Protocol):
@@ -38,7 +40,10 @@ class AttentionBackend(Protocol):
 
 
 class TorchBackend:
-    """Gathers pages and leaves the arithmetic to torch; runs on any device."""
+    """Gathers pages and leaves the arithmetic to the kernels; runs on any device. `prefill`: what attends for chunks."""
+
+    def __init__(self, prefill: Prefill = mla_prefill) -> None:
+        self._prefill = prefill
 
     def decode(
         self,
@@ -75,11 +80,17 @@ class TorchBackend:
         return pool.gather(layer, pages.unsqueeze(0))[0]
 
     def extend(self, query: Tensor, key: Tensor, key_rope: Tensor, value: Tensor, chunks: Tensor, *, scale: float) -> Tensor:
-        return mla_prefill(query, key, key_rope, value, chunks, scale=scale)
+        return self._prefill(query, key, key_rope, value, chunks, scale=scale)
 
 
-def make_backend(name: str) -> AttentionBackend:
-    """Backend by flag value. Raises ValueError for a name that isn't built."""
-    if name == "torch":
+def make_backend(name: str, prefill: str = "own", device: str = "cpu") -> AttentionBackend:
+    """Backend by settled names. Raises ValueError for one that isn't built, ImportError where a library is missing."""
+    if name != "torch":
+        raise ValueError(f"attention backend {name!r} is not built; choose 'torch'")
+    if prefill == "own":
         return TorchBackend()
-    raise ValueError(f"attention backend {name!r} is not built; choose 'torch'")
+    if prefill == "torch_native":
+        return TorchBackend(sdpa_prefill)
+    if prefill == "flashinfer":
+        return TorchBackend(FlashInferPrefill(torch.device(device)))
+    raise ValueError(f"prefill attention backend {prefill!r} is not built; choose 'own', 'torch_native' or 'flashinfer'")

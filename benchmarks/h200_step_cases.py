@@ -5,6 +5,7 @@ As h200_cases.py, whose sizes, names and helpers these share.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import h200_cases as base
@@ -13,6 +14,7 @@ from h200_cases import Case, Ready, relative_error
 from torch import Tensor
 
 from moesaic.kernels import balanced_choice, embedding, grouped_gemm, merge_attention, mla_prefill, peer_exchange, quant, sampling
+from moesaic.kernels.prefill_libraries import FlashInferPrefill, Prefill, sdpa_prefill
 
 VOCABULARY, NOPE, VALUE, PROMPT, REDUNDANT = 129280, 128, 128, 4096, 32
 
@@ -95,7 +97,12 @@ def _prefill(tokens: int) -> Case:
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(sdpa_query, sdpa_key, sdpa_value, is_causal=True, scale=scale)
 
-        return Ready(ours=ours, error=error, peers={"torch SDPA": sdpa})
+        # The peers behind our contract, with what it costs to bring keys and rotary parts together, and the bare product.
+        behind: dict[str, Prefill] = {"SDPA as a backend": sdpa_prefill}
+        if find_spec("flashinfer"):
+            behind["FlashInfer as a backend"] = FlashInferPrefill(torch.device(base.DEVICE))
+        peers = {name: partial(attend, query, key, key_rope, value, chunks, scale=scale) for name, attend in behind.items()}
+        return Ready(ours=ours, error=error, peers={"torch SDPA": sdpa, **peers})
 
     width = NOPE + base.KEY + VALUE
     return Case(

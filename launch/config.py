@@ -23,6 +23,7 @@ A2ABackend = Literal["none", "torch", "symm", "deepep", "deepep_v2"]
 TransferBackend = Literal["none", "tcp", "nixl", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16"]
+PrefillBackend = Literal["own", "torch_native", "flashinfer"]
 KVDTypeName = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 
@@ -111,6 +112,7 @@ class ServerConfig:
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention_backend: Literal["auto", "torch"] = "auto"
+    prefill_attention_backend: Literal["auto", "triton", "torch_native", "flashinfer"] = "auto"
     num_threads: int | None = None
     random_seed: int | None = None
     watchdog_timeout: int = 300
@@ -146,6 +148,7 @@ class ResolvedConfig:
     context_length: int
     communication_backend: Literal["gloo", "nccl"]
     attention_backend: Literal["torch"]
+    prefill_attention_backend: PrefillBackend
     moe_a2a_backend: A2ABackend
     moe_runner_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode

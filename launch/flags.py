@@ -329,6 +329,11 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     "device and process": (
         _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
         _choice("--attention-backend", "what computes attention", "auto", "torch"),
+        _choice(
+            "--prefill-attention-backend",
+            "what computes a prompt's attention; auto: flashinfer where it is installed, else our kernels",
+            *("auto", "triton", "torch_native", "flashinfer"),
+        ),
         _flag("--num-threads", "CPU threads per rank (cores / ranks of this node)", positive_int),
         _flag("--random-seed", "seed of the seeds that requests without one get (default: chance)", rank_number),
         _flag(

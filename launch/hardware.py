@@ -5,6 +5,7 @@ Knows no flags and no backends. torch is asked only where there is an NVIDIA dri
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from moesaic.kernels.native.build import why_missing
 from moesaic.launch.config import DeviceName
 
 NO_DEVICE = "torch sees no CUDA device"
+NO_FLASHINFER = "the package flashinfer is not installed (flashinfer-python)"
 NO_DRIVER = "this machine has no NVIDIA driver"
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
 """What a Linux machine with an NVIDIA driver has: its own device file, or Windows' under WSL."""
@@ -50,6 +52,7 @@ class Hardware:
     cpu_kernels_missing: str | None = None
     runners_missing: tuple[tuple[Name, str], ...] = ()
     deepep_missing: str | None = None
+    flashinfer_missing: str | None = NO_FLASHINFER
 
 
 def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
@@ -73,6 +76,7 @@ def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
         num_cuda_devices=num_devices,
         runners_missing=_missing_runners(),
         deepep_missing=_missing_deepep(a2a_backend),
+        flashinfer_missing=None if importlib.util.find_spec("flashinfer") else NO_FLASHINFER,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.kernels.native.build import SWITCH_VARIABLE
+from moesaic.launch.attention_choice import resolve_prefill
 from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, KVDTypeName, ResolvedConfig, ServerConfig
 from moesaic.launch.conflicts import Conflict, refuse
 from moesaic.launch.deepep_rules import (
@@ -75,6 +76,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
     )
     kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
+    prefill, prefill_choice = resolve_prefill(config, device, hardware)
     refuse(symm_conflicts(config, device, hardware))
     refuse_missing(config, device, hardware)
     mode, mode_choice = _resolve_dispatch(config)
@@ -89,6 +91,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         context_length=_context_length(config, shape),
         communication_backend="gloo" if device == "cpu" else "nccl",
         attention_backend="torch",
+        prefill_attention_backend=prefill,
         moe_a2a_backend=config.moe_a2a_backend,
         moe_runner_backends=runners,
         dispatch_mode=mode,
@@ -132,6 +135,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
+        prefill_choice,
         kv_choice,
         _prefix_cache_choice(config),
         graph_choice,

@@ -49,6 +49,7 @@ class RunnerConfig:
     context_length: int = 4096
     page_size: int = 16
     attention_backend: str = "torch"
+    prefill_backend: str = "own"
     expert_backends: tuple[Name, ...] = ("torch",)
     fp8_experts: bool = False
     max_dispatch_tokens: int = 128
@@ -98,7 +99,7 @@ class ModelRunner:
             single_batch_overlap=config.single_batch_overlap,
             deepep=config.deepep,
         )
-        backend = make_backend(config.attention_backend)
+        backend = make_backend(config.attention_backend, config.prefill_backend, config.device)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
         self.host_kv: HostKVPool | None = None

@@ -178,6 +178,7 @@ class RankStartup:
                 context_length=config.context_length,
                 page_size=config.page_size,
                 attention_backend=config.attention_backend,
+                prefill_backend=config.prefill_attention_backend,
                 expert_backends=config.moe_runner_backends,
                 fp8_experts=config.fp8_experts,
                 max_dispatch_tokens=config.max_dispatch_tokens_per_rank,

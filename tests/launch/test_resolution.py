@@ -272,6 +272,21 @@ def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
     assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"
 
 
+def test_a_prompts_attention_is_flashinfers_where_it_is_installed() -> None:
+    flashinfer = replace(GPU_BOX, flashinfer_missing=None)
+    asked = "prefill_attention_backend"
+
+    assert settle().config.prefill_attention_backend == "own"
+    assert settle(prefill_attention_backend="torch_native").config.prefill_attention_backend == "torch_native"
+    assert settle(hardware=flashinfer).config.prefill_attention_backend == "flashinfer"
+    assert settle(hardware=flashinfer, **{asked: "triton"}).config.prefill_attention_backend == "own"
+    assert row(settle(hardware=GPU_BOX), "prefill attention")["refused"][0]["candidate"] == "flashinfer"
+    with pytest.raises(ConfigError, match=r"--prefill-attention-backend flashinfer: the package flashinfer is not installed"):
+        settle(hardware=GPU_BOX, **{asked: "flashinfer"})
+    with pytest.raises(ConfigError, match=r"--prefill-attention-backend triton: the device is cpu; use auto or torch_native"):
+        settle(**{asked: "triton"})
+
+
 def test_the_kv_cache_may_be_fp8() -> None:
     assert settle().config.kv_dtype == "float32"
     assert settle(kv_cache_dtype="fp8_e4m3").config.kv_dtype == "float8_e4m3fn"

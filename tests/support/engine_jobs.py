@@ -62,6 +62,7 @@ class EngineSettings:
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None
+    prefill_backend: str = "own"
     slots: SlotOptions = field(default_factory=SlotOptions)
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     rebalance: RebalanceSettings | None = None
@@ -111,6 +112,7 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             model_path=settings.model_path,
             load_format=settings.load_format,
             dtype=settings.dtype,
+            prefill_backend=settings.prefill_backend,
             kv_dtype=settings.kv_dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,

@@ -45,9 +45,11 @@ def _expected(model: TinyModel) -> tuple[list[list[int]], list[list[float]]]:
     return [model.greedy(p, NUM_TOKENS) for p in prompts], [model.prompt_logprobs(p) for p in prompts]
 
 
-def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk: int) -> None:
+def _check(model: TinyModel, pool: RankPool, place: tuple[str, str, str], chunk: int, **options: Any) -> None:
     layout, backend, mode = place
-    settings = EngineSettings(model_path=str(model.folder), a2a=backend, mode=mode, chunk_tokens=chunk, cap=512, **LAYOUTS[layout])
+    settings = EngineSettings(
+        model_path=str(model.folder), a2a=backend, mode=mode, chunk_tokens=chunk, cap=512, **LAYOUTS[layout], **options
+    )
     prompts = _prompts()
     tokens, logprobs = _expected(model)
     alone = [greedy_request(0, prompts[0], NUM_TOKENS, logprob_start_len=0)]
@@ -123,3 +125,7 @@ def test_bfloat16_stays_near_the_oracle_in_two_layouts(tiny: Callable[..., TinyM
         for i in range(len(prompts)):
             found = torch.tensor([entry.logprob for entry in finished[i].prompt_logprobs[1:]])
             assert not len(found) or (found - torch.tensor(_expected(model)[1][i])).abs().mean() < 0.15
+
+
+def test_tokens_equal_the_oracle_with_torchs_attention_for_prompts(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    _check(tiny("plain"), rank_pool, ("dp2-ep2", "torch", "auto"), 7, prefill_backend="torch_native")
