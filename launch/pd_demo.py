@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,10 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 class _Processes:
-    """Children with a log each, in process groups of their own: a terminal's Ctrl-C reaches this process alone."""
+    """Children with a log each, in process groups of their own: a terminal's Ctrl-C reaches this process alone.
+
+    The logs stay after an error.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -181,7 +185,7 @@ class _Processes:
     def __enter__(self) -> _Processes:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         for process in self._running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
@@ -192,6 +196,8 @@ class _Processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        if kind is None:  # else the logs may tell why
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def log(self, name: str) -> Path:
         return self._folder / f"{name}.log"

@@ -190,8 +190,9 @@ class _HttpNode:
             self._workers.kill()
             self._endpoints.remove()
             os._exit(130)
-        print("\nstopping (Ctrl-C again kills)", flush=True)
         stop.set()
+        with contextlib.suppress(OSError):  # nobody may be reading any more, as after `| head`
+            print("\nstopping (Ctrl-C again kills)", flush=True)
 
     def _on_started(self) -> None:
         self._spawn(self._announce())

@@ -130,6 +130,21 @@ def test_a_server_serves_and_ends_cleanly_with_no_process_left(start: StartServe
         assert shown in server.output
 
 
+def test_it_stops_when_nobody_reads_its_output_any_more(model_folder: Path) -> None:
+    command = [sys.executable, "-P", "-c", SERVE, "--model-path", str(model_folder), "--load-format", "dummy", *DP2]
+    server = subprocess.Popen([*command, "--port", str(free_port())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert server.stdout is not None
+        while b"Ctrl-C stops it" not in server.stdout.readline():
+            assert server.poll() is None
+        server.stdout.close()
+        server.send_signal(signal.SIGINT)
+        server.wait(10)
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_when_a_rank_dies_clients_hear_of_it_and_the_server_ends_naming_it(
     start: StartServer, wait_until: Callable[..., None]
 ) -> None:
