@@ -82,7 +82,7 @@ def test_tokens_are_those_of_one_server(pair: PdPair, model: TinyModel) -> None:
         pytest.param(DP2_EP2, (), id="dp2 ep2 to tp1", marks=pytest.mark.whole),
         pytest.param(DP2_EP2, DP4_EP4, id="dp2 ep2 to dp4 ep4", marks=pytest.mark.whole),
         pytest.param((), ATTENTION_TP2, id="tp1 to attention tp2", marks=pytest.mark.whole),
-        pytest.param(ATTENTION_TP2, DP2_EP2, id="attention tp2 to dp2 ep2"),
+        pytest.param(ATTENTION_TP2, DP2_EP2, id="attention tp2 to dp2 ep2", marks=pytest.mark.whole),
     ],
 )
 def test_layouts_may_differ(
@@ -119,6 +119,7 @@ def test_fp8_kv_travels_as_it_is(model: TinyModel, tmp_path: Path) -> None:
         wait_for(lambda: pair.used_tokens() == 0, 20)
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(missing_reason("nixl") is not None, reason=str(missing_reason("nixl")))
 def test_whole_servers_hand_over_through_nixl(model: TinyModel, tmp_path: Path) -> None:
     nixl = ("--disaggregation-transfer-backend", "nixl")

@@ -105,6 +105,7 @@ def check_killed_between_pages(pair: PdPair, prefill: LiveServer, known: dict[st
     wait_for(lambda: pair.decode.used_tokens() == 0, 20)
 
 
+@pytest.mark.whole
 def test_the_router_goes_on_with_the_prefill_that_is_left(pair: PdPair, model: TinyModel, tmp_path: Path) -> None:
     bootstrap_port = free_port()
     doomed = start_prefill(model.folder, tmp_path / "doomed.log", bootstrap_port, free_port())

@@ -78,7 +78,7 @@ def test_every_choice_goes_where_eplb_sends_it(
 
 
 @on_each_device
-@pytest.mark.parametrize("num_gpus", [32, 72])
+@pytest.mark.parametrize("num_gpus", [32, pytest.param(72, marks=pytest.mark.whole)])
 def test_deepseeks_own_sizes(device: str, num_gpus: int) -> None:
     """256 experts and 32 redundant slots; of 128 tokens a rank, those of one rank are served."""
     slots, batch = _slots(256, num_gpus, 32, 5), _batch(num_gpus, 256, 128, 8, 6)
