@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from moesaic.kernels.gpu import SWITCH_VARIABLE as GPU_SWITCH
 from moesaic.kernels.grouped_backends import NAMES, Name
@@ -81,35 +82,35 @@ def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
 
 
 def _missing_deepep(backend: str) -> str | None:
-    """Found out by a process of its own, as the runners are."""
     if not backend.startswith("deepep"):
         return None
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", ASK_DEEPEP, backend], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
-        )
-        reason: str | None = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.CalledProcessError as error:
-        return "asking for DeepEP failed: " + "".join(error.stderr.strip().splitlines()[-1:])
-    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        return f"asking for DeepEP failed: {error}"
-    return reason
+    reason, failure = _ask(ASK_DEEPEP, backend)
+    return reason if failure is None else f"asking for DeepEP failed: {failure}"
 
 
 def _missing_runners() -> tuple[tuple[Name, str], ...]:
-    """Found out by a process of its own: to import these libraries is to set up CUDA, which this process leaves to the ranks."""
     if os.environ.get(GPU_SWITCH) == "torch":
         return tuple((name, f"{GPU_SWITCH}=torch") for name in NAMES if name != "torch")
+    found, failure = _ask(ASK_RUNNERS)
+    if failure is None:
+        return tuple((name, reason) for name, reason in found)
+    return tuple((name, f"asking for it failed: {failure}") for name in NAMES if name != "torch")
+
+
+def _ask(code: str, *arguments: str) -> tuple[Any, str | None]:
+    """What a process of its own prints as JSON in its last line, and why it came to nothing (None: it didn't).
+
+    To import these libraries is to set up CUDA, which this process leaves to the ranks.
+    """
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", ASK_RUNNERS], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
+            [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=True
         )
-        return tuple((name, reason) for name, reason in json.loads(done.stdout.splitlines()[-1]))
+        return json.loads(done.stdout.splitlines()[-1]), None
     except subprocess.CalledProcessError as error:
-        reason = "asking for it failed: " + "".join(error.stderr.strip().splitlines()[-1:])
+        return None, "".join(error.stderr.strip().splitlines()[-1:])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        reason = f"asking for it failed: {error}"
-    return tuple((name, reason) for name in NAMES if name != "torch")
+        return None, str(error)
 
 
 def machine_name(device: DeviceName, threads_per_rank: int, num_ranks: int) -> str:
