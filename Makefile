@@ -19,7 +19,7 @@ serve: $(VENV)/.serve-stamp ## serve the demo model on two CPU ranks at 127.0.0.
 		--host 127.0.0.1 --port 30000 $(ARGS)
 
 test: lint ## lint, types, and all tests but the whole product
-	$(BIN)/python -m pytest -q -m "not whole" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not whole" -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test-stamp .typing/moesaic ## ruff and mypy
 	$(BIN)/ruff check $(CODE)

@@ -20,10 +20,11 @@ START_DEADLINE_S = 90
 
 def free_port(following: int = 0) -> int:
     """A loopback port that nobody listens on, nor on so many `following` ones, below those the system gives to outgoing
-    connections: it stays free until bound.
+    connections: it stays free until bound. Each pytest worker (pytest-xdist) has ports of its own.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(20_000 + 3_000 * worker, 22_980 + 3_000 * worker)
         with contextlib.suppress(OSError):
             for each in range(port, port + following + 1):
                 with socket.socket() as probe:
