@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.errors import ConfigError
-from moesaic.launch.flags import FLAG_GROUPS, LATER_FLAGS, Flag, LaterFlag
+from moesaic.launch.flag_kinds import Flag, LaterFlag
+from moesaic.launch.flags import FLAG_GROUPS, LATER_FLAGS
 
 DEFAULTS = {field.name: field.default for field in fields(ServerConfig) if field.default is not MISSING}
 

@@ -1,4 +1,4 @@
-"""What computes a prompt's attention: `--prefill-attention-backend` and what there is, settled. A row of the resolution report."""
+"""What computes attention, a prompt's (`--prefill-attention-backend`) and in general: settled, with their rows of the report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from moesaic.launch.hardware import Hardware
 from moesaic.launch.report import Choice
 
 CAPABILITY = "prefill attention"
+NOT_BUILT = "not built yet"
 
 
 def resolve_prefill(config: ServerConfig, device: DeviceName, hardware: Hardware) -> tuple[PrefillBackend, Choice]:
@@ -26,6 +27,18 @@ def resolve_prefill(config: ServerConfig, device: DeviceName, hardware: Hardware
     if asked == "flashinfer":
         raise ConfigError(f"--prefill-attention-backend flashinfer: {missing}; use auto or triton")
     return "own", Choice(capability=CAPABILITY, chosen="triton, our kernel", refused=(("flashinfer", missing),))
+
+
+def attention_row(config: ServerConfig, device: DeviceName) -> Choice:
+    """Only the torch implementation exists, which on a GPU is less than one may expect."""
+    reason = "the device is cpu" if device == "cpu" else NOT_BUILT
+    return Choice(
+        capability="attention backend",
+        chosen="torch",
+        refused=(("device kernels", reason),),
+        downgrade=device == "cuda" and config.attention_backend == "auto",
+        accept="--attention-backend torch",
+    )
 
 
 def _torch_native() -> tuple[PrefillBackend, Choice]:

@@ -12,12 +12,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from moesaic.launch.config import DeviceName, ResolvedConfig, ServerConfig
-from moesaic.launch.conflicts import Conflict
+from moesaic.launch.config import DeviceName, DispatchMode, ResolvedConfig, ServerConfig
+from moesaic.launch.conflicts import Conflict, refuse
+from moesaic.launch.dispatch_limits import StepSizes
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.memory_parts import MemoryItem
 from moesaic.launch.models.config import ModelConfig
+from moesaic.launch.report import Choice
 from moesaic.launch.topology import ModelShape, Topology
 from moesaic.moe.deepep_config import ChunkSizes, DeepEPSettings, ExchangeShape, Generation
 from moesaic.moe.deepep_limits import violations
@@ -67,29 +69,31 @@ def deepep_flag_conflicts(config: ServerConfig) -> Iterator[Conflict]:
         )
 
 
-def deepep_conflicts(config: ServerConfig, resolved: ResolvedConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
-    """Sizes that DeepEP does not support."""
-    if resolved.moe_a2a_backend not in DEEPEP_BACKENDS:
-        return
-    exchange = exchange_shape(
-        topology, num_slots=shape.num_experts + config.ep_num_redundant_experts, hidden_size=shape.hidden_size, topk=shape.topk
-    )
-    for found in violations(_generation(resolved), resolved.deepep, exchange):
-        yield Conflict(flags=f"--moe-a2a-backend {resolved.moe_a2a_backend}", reason=found.reason, remedy=found.remedy)
+def settle_deepep(
+    config: ServerConfig, mode: DispatchMode, sizes: StepSizes, shape: ModelShape, topology: Topology, *, fp8: bool
+) -> tuple[DeepEPSettings, Choice]:
+    """What the ranks make their buffers and dispatchers with, and the report's row. `fp8`: W8A8.
 
-
-def deepep_settings(config: ServerConfig, resolved: ResolvedConfig, topology: Topology) -> DeepEPSettings:
-    """What the ranks make their buffers and dispatchers with. Raises ConfigError for a --deepep-config that says nothing legal."""
+    Raises ConfigError for sizes that DeepEP does not support, and for a --deepep-config that says nothing legal.
+    """
     dispatch, combine = (None, None) if config.deepep_config is None else read_tuning(config.deepep_config)
-    return DeepEPSettings(
-        mode=resolved.dispatch_mode,
-        max_tokens_per_rank=resolved.max_dispatch_tokens_per_rank,
-        max_normal_tokens_per_rank=_normal_tokens(resolved, topology),
-        fp8=resolved.quantization == "fp8",
-        timeout_s=resolved.dist_timeout,
+    settings = DeepEPSettings(
+        mode=mode,
+        max_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
+        max_normal_tokens_per_rank=_normal_tokens(sizes, topology),
+        fp8=fp8,
+        timeout_s=config.dist_timeout,
         dispatch=dispatch,
         combine=combine,
     )
+    num_slots = shape.num_experts + config.ep_num_redundant_experts
+    exchange = _exchange_shape(topology, num_slots=num_slots, hidden_size=shape.hidden_size, topk=shape.topk)
+    generation = cast(Generation, config.moe_a2a_backend)
+    flag = f"--moe-a2a-backend {generation}"
+    found = violations(generation, settings, exchange)
+    refuse(Conflict(flags=flag, reason=violation.reason, remedy=violation.remedy) for violation in found)
+    buffers = plan_buffers(generation, settings, exchange)
+    return settings, Choice(capability="dispatch", chosen=_described(generation, settings, buffers))
 
 
 def read_tuning(text: str) -> tuple[ChunkSizes, ChunkSizes]:
@@ -115,22 +119,30 @@ def read_tuning(text: str) -> tuple[ChunkSizes, ChunkSizes]:
     return dispatch, combine
 
 
-def deepep_row(resolved: ResolvedConfig, plan: BufferPlan) -> str:
-    """How the dispatch is described in the report."""
-    mode = resolved.dispatch_mode
-    rule = "auto: normal if any rank prefills, else low_latency" if mode == "auto" else mode
-    kind = "FP8 to the experts, bf16 back" if resolved.deepep.fp8 else "bf16"
-    most = f"up to {resolved.deepep.max_tokens_per_rank} tokens per rank in low-latency steps, " if mode != "normal" else ""
-    return f"{resolved.moe_a2a_backend}, mode {rule}, {kind}, {most}{plan.describe()}"
+def deepep_memory(model: ModelConfig, num_slots: int, resolved: ResolvedConfig, topology: Topology) -> tuple[MemoryItem, ...]:
+    """What DeepEP keeps on a rank, for the memory plan."""
+    if resolved.moe_a2a_backend not in DEEPEP_BACKENDS:
+        return ()
+    exchange = _exchange_shape(topology, num_slots=num_slots, hidden_size=model.hidden_size, topk=model.num_experts_per_tok)
+    # Sizes that advice tries out are changed in `resolved` alone.
+    sizes = StepSizes(running_requests=resolved.max_running_requests_per_dp, prompt_tokens=resolved.chunked_prefill_tokens_per_dp)
+    settings = replace(
+        resolved.deepep,
+        max_tokens_per_rank=resolved.max_dispatch_tokens_per_rank,
+        max_normal_tokens_per_rank=_normal_tokens(sizes, topology),
+    )
+    plan = plan_buffers(cast(Generation, resolved.moe_a2a_backend), settings, exchange)
+    return (MemoryItem(name="DeepEP buffers", num_bytes=plan.total_bytes, basis=plan.describe()),)
 
 
-def plan_of(resolved: ResolvedConfig, shape: ExchangeShape) -> BufferPlan:
-    """The buffers of a rank; for layouts that have no conflicts."""
-    return plan_buffers(_generation(resolved), resolved.deepep, shape)
+def _described(generation: Generation, settings: DeepEPSettings, plan: BufferPlan) -> str:
+    rule = "auto: normal if any rank prefills, else low_latency" if settings.mode == "auto" else settings.mode
+    kind = "FP8 to the experts, bf16 back" if settings.fp8 else "bf16"
+    most = f"up to {settings.max_tokens_per_rank} tokens per rank in low-latency steps, " if settings.low_latency else ""
+    return f"{generation}, mode {rule}, {kind}, {most}{plan.describe()}"
 
 
-def exchange_shape(topology: Topology, *, num_slots: int, hidden_size: int, topk: int) -> ExchangeShape:
-    """Among whom and what."""
+def _exchange_shape(topology: Topology, *, num_slots: int, hidden_size: int, topk: int) -> ExchangeShape:
     return ExchangeShape(
         num_ranks=topology.ep_size,
         ranks_per_node=topology.ranks_per_node,
@@ -140,25 +152,9 @@ def exchange_shape(topology: Topology, *, num_slots: int, hidden_size: int, topk
     )
 
 
-def deepep_memory(model: ModelConfig, num_slots: int, resolved: ResolvedConfig, topology: Topology) -> tuple[MemoryItem, ...]:
-    """What DeepEP keeps on a rank, for the memory plan."""
-    if resolved.moe_a2a_backend not in DEEPEP_BACKENDS:
-        return ()
-    shape = exchange_shape(topology, num_slots=num_slots, hidden_size=model.hidden_size, topk=model.num_experts_per_tok)
-    # Sizes that advice tries out are changed in `resolved` alone.
-    sizes = replace(
-        resolved.deepep,
-        max_tokens_per_rank=resolved.max_dispatch_tokens_per_rank,
-        max_normal_tokens_per_rank=_normal_tokens(resolved, topology),
-    )
-    plan = plan_of(replace(resolved, deepep=sizes), shape)
-    return (MemoryItem(name="DeepEP buffers", num_bytes=plan.total_bytes, basis=plan.describe()),)
-
-
-def _normal_tokens(resolved: ResolvedConfig, topology: Topology) -> int:
+def _normal_tokens(sizes: StepSizes, topology: Topology) -> int:
     """The most that one rank brings into a step."""
-    most = resolved.max_running_requests_per_dp + resolved.chunked_prefill_tokens_per_dp
-    return -(-most // topology.attn_tp_size)
+    return -(-sizes.num_tokens // topology.attn_tp_size)
 
 
 def _chunk_sizes(source: str, kernel: str, values: Any) -> ChunkSizes:
@@ -172,7 +168,3 @@ def _chunk_sizes(source: str, kernel: str, values: Any) -> ChunkSizes:
         return ChunkSizes(**values)
     except ValueError as error:
         raise ConfigError(f"{source}: {kernel}: {error}") from None
-
-
-def _generation(resolved: ResolvedConfig) -> Generation:
-    return cast(Generation, resolved.moe_a2a_backend)

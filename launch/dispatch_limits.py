@@ -10,10 +10,23 @@ backend the ranks of one attention-TP group share their DP rank's tokens; with b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from moesaic.launch.config import ResolvedConfig
+from moesaic.launch.config import DispatchMode, ServerConfig
 from moesaic.launch.conflicts import Conflict
 from moesaic.launch.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """The most that one DP rank brings into a step: requests that decode, one token each, and tokens of prompts."""
+
+    running_requests: int
+    prompt_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.running_requests + self.prompt_tokens
 
 
 def tokens_cap_per_dp(max_tokens_per_rank: int, backend: str, topology: Topology) -> int:
@@ -21,20 +34,19 @@ def tokens_cap_per_dp(max_tokens_per_rank: int, backend: str, topology: Topology
     return max_tokens_per_rank * (1 if backend == "none" else topology.attn_tp_size)
 
 
-def dispatch_conflicts(config: ResolvedConfig, topology: Topology) -> Iterator[Conflict]:
+def dispatch_conflicts(config: ServerConfig, mode: DispatchMode, sizes: StepSizes, topology: Topology) -> Iterator[Conflict]:
     """Steps that would take the low-latency layout and not fit it."""
-    cap = tokens_cap_per_dp(config.max_dispatch_tokens_per_rank, config.moe_a2a_backend, topology)
-    running, chunk = config.max_running_requests_per_dp, config.chunked_prefill_tokens_per_dp
-    cap_flag = f"--deepep-max-dispatch-tokens-per-rank {config.max_dispatch_tokens_per_rank}"
-    if config.dispatch_mode == "low_latency" and running + chunk > cap:
-        room = max(cap - running, 0) * topology.dp_size
-        wanted = _tokens_per_rank(running + chunk, config, topology)
+    max_tokens = config.deepep_max_dispatch_tokens_per_rank
+    cap = tokens_cap_per_dp(max_tokens, config.moe_a2a_backend, topology)
+    if mode == "low_latency" and sizes.num_tokens > cap:
+        room = max(cap - sizes.running_requests, 0) * topology.dp_size
+        wanted = _tokens_per_rank(sizes.num_tokens, config, topology)
         smaller = f"lower --chunked-prefill-size to {room}, or " if room else ""
         yield Conflict(
-            flags=f"--deepep-mode low_latency {cap_flag}",
+            flags=f"--deepep-mode low_latency --deepep-max-dispatch-tokens-per-rank {max_tokens}",
             reason=(
-                f"a step may hold {running} running requests (--max-running-requests, per DP rank) and prefill {chunk} "
-                f"tokens (--chunked-prefill-size, per DP rank), and the low-latency layout takes {cap} in all"
+                f"a step may hold {sizes.running_requests} running requests (--max-running-requests, per DP rank) and prefill "
+                f"{sizes.prompt_tokens} tokens (--chunked-prefill-size, per DP rank), and the low-latency layout takes {cap} in all"
             ),
             remedy=(
                 "two ways out: --deepep-mode auto, which takes the normal layout whenever a rank prefills; "
@@ -43,6 +55,6 @@ def dispatch_conflicts(config: ResolvedConfig, topology: Topology) -> Iterator[C
         )
 
 
-def _tokens_per_rank(tokens_per_dp: int, config: ResolvedConfig, topology: Topology) -> int:
+def _tokens_per_rank(tokens_per_dp: int, config: ServerConfig, topology: Topology) -> int:
     """How many of a DP rank's tokens one of its ranks brings, at most."""
     return tokens_per_dp if config.moe_a2a_backend == "none" else -(-tokens_per_dp // topology.attn_tp_size)

@@ -5,7 +5,8 @@ Knows flags and settled choices; captures nothing.
 
 from __future__ import annotations
 
-from moesaic.launch.config import ResolvedConfig, ServerConfig
+from moesaic.launch.config import DeviceName, DispatchMode, ServerConfig
+from moesaic.launch.dispatch_limits import StepSizes
 from moesaic.launch.engine.graph_plan import graph_rows
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.report import Choice
@@ -17,11 +18,13 @@ WAITING_CHOICES = frozenset({"balanced", "activated"})
 """Replica choices that are made on the CPU, batch by batch (eplb/replica_choice.py)."""
 
 
-def choose_graphs(config: ServerConfig, resolved: ResolvedConfig, topology: Topology) -> tuple[tuple[int, ...], Choice]:
+def choose_graphs(
+    config: ServerConfig, device: DeviceName, mode: DispatchMode, sizes: StepSizes, topology: Topology
+) -> tuple[tuple[int, ...], Choice]:
     """Rows of the steps to capture, () for none, and the report's row. Raises ConfigError for sizes that can't be."""
     if config.disable_cuda_graph:
         return (), Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
-    obstacle = _obstacle(config, resolved)
+    obstacle = _obstacle(config, device, mode)
     if obstacle is not None:
         reason, is_loss = obstacle
         off = Choice(
@@ -32,7 +35,7 @@ def choose_graphs(config: ServerConfig, resolved: ResolvedConfig, topology: Topo
             accept="--disable-cuda-graph",
         )
         return (), off
-    most = min(resolved.max_running_requests_per_dp, resolved.max_dispatch_tokens_per_rank * topology.attn_tp_size)
+    most = min(sizes.running_requests, config.deepep_max_dispatch_tokens_per_rank * topology.attn_tp_size)
     try:
         rows = graph_rows(config.cuda_graph_bs, min(most, config.cuda_graph_max_bs or most))
     except ValueError as error:
@@ -40,14 +43,14 @@ def choose_graphs(config: ServerConfig, resolved: ResolvedConfig, topology: Topo
     return rows, Choice(capability="CUDA graphs", chosen=f"decode steps of {_in_words(rows)} requests per DP rank")
 
 
-def _obstacle(config: ServerConfig, resolved: ResolvedConfig) -> tuple[str, bool] | None:
+def _obstacle(config: ServerConfig, device: DeviceName, mode: DispatchMode) -> tuple[str, bool] | None:
     """Why there are none, and whether that is a loss on this server."""
-    if resolved.device == "cpu":
+    if device == "cpu":
         return "the device is cpu", False
-    if resolved.dispatch_mode == "normal":
+    if mode == "normal":
         return "normal dispatch waits for counts on the CPU", config.disaggregation_mode != "prefill"
-    if resolved.moe_a2a_backend not in CAPTURABLE_BACKENDS:
-        return f"--moe-a2a-backend {resolved.moe_a2a_backend} waits on the CPU", True
+    if config.moe_a2a_backend not in CAPTURABLE_BACKENDS:
+        return f"--moe-a2a-backend {config.moe_a2a_backend} waits on the CPU", True
     if config.ep_dispatch_algorithm in WAITING_CHOICES:
         return f"--ep-dispatch-algorithm {config.ep_dispatch_algorithm} chooses on the CPU", True
     return None

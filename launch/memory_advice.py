@@ -19,6 +19,7 @@ Candidate = tuple[str, MemoryInputs]
 def refuse_memory(inputs: MemoryInputs, plan: MemoryPlan) -> None:
     """Raise ConfigError with the sizes, the largest items and what frees how much, if the plan does not fit."""
     if plan.fits:
+        _refuse_host(inputs, plan)
         return
     assert plan.memory is not None
     lines = [
@@ -29,6 +30,20 @@ def refuse_memory(inputs: MemoryInputs, plan: MemoryPlan) -> None:
         *(f"  {words}" for words in advice(inputs, plan)),
     ]
     raise ConfigError("\n".join(lines))
+
+
+def _refuse_host(inputs: MemoryInputs, plan: MemoryPlan) -> None:
+    if plan.host_fits:
+        return
+    assert plan.host_room_bytes is not None
+    most = max(0, plan.host_room_bytes) // 10**8 / 10
+    less = f"use --disaggregation-host-kv-gb {most:g}, or 0" if most else "use --disaggregation-host-kv-gb 0"
+    shared = " beside what the server computes with" if inputs.config.device == "cpu" else ""
+    raise ConfigError(
+        f"--disaggregation-host-kv-gb {inputs.host_kv_gb:g}: each rank would keep up to {_gib(plan.host_bytes)} of retracted "
+        f"requests' KV in host memory, and a rank's share of what is free on this machine{shared} is "
+        f"{_gib(plan.host_room_bytes)}; {less}: then their KV is computed again"
+    )
 
 
 def advice(inputs: MemoryInputs, plan: MemoryPlan) -> list[str]:

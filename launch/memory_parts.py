@@ -47,7 +47,8 @@ class MemoryInputs:
     """`num_slots`: expert slots of a layer, on all ranks. `experts_move`: weights are exchanged while serving.
 
     `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype`. `communication`: the buffers
-    that the all-to-all backend keeps. `graph_batch_sizes`: tokens per rank of the graphs that are captured.
+    that the all-to-all backend keeps. `graph_batch_sizes`: tokens per rank of the graphs that are captured. `host_kv_gb`: the most
+    host memory for the KV of retracted requests, in 1e9 bytes.
     """
 
     model: ModelConfig
@@ -58,6 +59,7 @@ class MemoryInputs:
     fp8: frozenset[Kind] = frozenset()
     communication: BufferSizes = no_buffers
     graph_batch_sizes: tuple[int, ...] = ()
+    host_kv_gb: float = 0.0
 
     @property
     def element_bytes(self) -> int:

@@ -1,17 +1,18 @@
 """The memory of one rank, planned before any weight is read: what is fixed, what the KV pool gets, what is left.
 
 `--mem-fraction-static` has two sides: weights, buffers and the KV pool on one, what a step needs for a moment on the other. All
-ranks of a layout hold equally much, so one plan speaks for all. Knows no device: it is told how much memory a rank has.
+ranks of a layout hold equally much, so one plan speaks for all. Knows no device: it is told how much memory a rank has. Beside a
+GPU's memory there is the host's, which a decode instance keeps the KV of retracted requests in; on a CPU the two are one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moesaic.launch.config import ResolvedConfig
-from moesaic.launch.engine.memory import DeviceMemory, kv_budget_bytes, plan_num_pages
+from moesaic.launch.engine.memory import DeviceMemory, kv_budget_bytes, plan_num_host_pages, plan_num_pages
 from moesaic.launch.memory_parts import (
     MemoryInputs,
     MemoryItem,
@@ -39,7 +40,8 @@ class MemoryPlan:
     """One rank, in bytes. `memory`: what it has, None if not known here; then `kv_tokens` is None too unless a flag says it.
 
     `weights` and `buffers` are there before the KV pool is made; `momentary` is needed now and then while serving.
-    `min_kv_tokens`: what the pool must hold, one sequence of the context length, or what --max-total-tokens asks for.
+    `min_kv_tokens`: what the pool must hold, one sequence of the context length, or what --max-total-tokens asks for. `host`: what
+    is kept in host memory, of which a rank may have `host_room_bytes` (None: not known).
     """
 
     memory: DeviceMemory | None
@@ -50,6 +52,8 @@ class MemoryPlan:
     kv_budget_bytes: int
     min_kv_tokens: int
     kv_tokens: int | None
+    host: tuple[MemoryItem, ...]
+    host_room_bytes: int | None
 
     @property
     def fixed_bytes(self) -> int:
@@ -75,6 +79,15 @@ class MemoryPlan:
         return self.memory.free - self.fixed_bytes - self.kv_bytes - self.momentary_bytes
 
     @property
+    def host_bytes(self) -> int:
+        return sum(item.num_bytes for item in self.host)
+
+    @property
+    def host_fits(self) -> bool:
+        """True also where it is not known how much there is, or how much will be kept."""
+        return self.kv_tokens is None or self.host_room_bytes is None or self.host_bytes <= self.host_room_bytes
+
+    @property
     def fits(self) -> bool:
         """True also where the memory is not known: the ranks will see."""
         if self.memory is None:
@@ -82,8 +95,11 @@ class MemoryPlan:
         return self.kv_tokens is not None and self.kv_tokens >= self.min_kv_tokens and self.headroom_bytes >= 0
 
 
-def plan_memory(inputs: MemoryInputs, memory: DeviceMemory | None) -> MemoryPlan:
-    """`memory`: of one rank, before anything is loaded. Refuses nothing (`memory_advice.py` does)."""
+def plan_memory(inputs: MemoryInputs, memory: DeviceMemory | None, host_free: int | None = None) -> MemoryPlan:
+    """`memory`: of one rank, before anything is loaded. `host_free`: bytes that a rank on a GPU may have of its host's memory.
+
+    Refuses nothing (`memory_advice.py` does).
+    """
     config = inputs.config
     weights = tuple(
         MemoryItem(name=f"weights: {kind}", num_bytes=size, basis=_weight_basis(inputs, kind))
@@ -94,7 +110,7 @@ def plan_memory(inputs: MemoryInputs, memory: DeviceMemory | None) -> MemoryPlan
     fixed = sum(item.num_bytes for item in (*weights, *buffers))
     per_token = kv_bytes_per_token(inputs)
     budget = 0 if memory is None else kv_budget_bytes(config, DeviceMemory(total=memory.total, free=memory.free - fixed))
-    return MemoryPlan(
+    plan = MemoryPlan(
         memory=memory,
         weights=weights,
         buffers=buffers,
@@ -103,7 +119,11 @@ def plan_memory(inputs: MemoryInputs, memory: DeviceMemory | None) -> MemoryPlan
         kv_budget_bytes=max(0, budget),
         min_kv_tokens=_min_kv_tokens(config),
         kv_tokens=_kv_tokens(inputs, per_token, memory, budget),
+        host=(),
+        host_room_bytes=host_free,
     )
+    shared = config.device == "cpu" and memory is not None
+    return replace(plan, host=tuple(_host(inputs, plan)), host_room_bytes=plan.headroom_bytes if shared else host_free)
 
 
 def _kv_tokens(inputs: MemoryInputs, per_token: int, memory: DeviceMemory | None, budget: int) -> int | None:
@@ -149,6 +169,21 @@ def _momentary(inputs: MemoryInputs) -> Iterator[MemoryItem]:
     yield activation_item(inputs)
 
 
+def _host(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[MemoryItem]:
+    """As many pages as a rank makes, which are no more than its pool has."""
+    config = inputs.config
+    num_bytes = int(inputs.host_kv_gb * 1e9)
+    if plan.kv_tokens is not None:
+        page_bytes = config.page_size * plan.kv_bytes_per_token
+        num_pages = plan.kv_tokens // config.page_size
+        num_bytes = plan_num_host_pages(config, inputs.host_kv_gb, plan.kv_bytes_per_token, num_pages) * page_bytes
+    if num_bytes:
+        tokens = num_bytes // plan.kv_bytes_per_token
+        where = "of what is left over" if config.device == "cpu" else "not on the GPU"
+        basis = f"{tokens:,} tokens, {where}: --disaggregation-host-kv-gb {inputs.host_kv_gb:g}, but no more than the pool holds"
+        yield MemoryItem(name="host memory: KV of retracted requests", num_bytes=num_bytes, basis=basis)
+
+
 def memory_choice(plan: MemoryPlan) -> Choice:
     """The row of the resolution report."""
     weights = sum(item.num_bytes for item in plan.weights)
@@ -159,6 +194,8 @@ def memory_choice(plan: MemoryPlan) -> Choice:
         chosen += "; how much memory there is, the ranks will see"
     else:
         chosen += f", {_size(plan.headroom_bytes)} of {_size(plan.memory.total)} left over"
+    if plan.host:
+        chosen += f"; in host memory up to {_size(plan.host_bytes)} for retracted requests"
     return Choice(capability="memory plan", chosen=chosen)
 
 
@@ -172,6 +209,8 @@ def memory_rows(plan: MemoryPlan) -> dict[str, Any]:
         "kv_tokens": plan.kv_tokens,
         "kv_bytes": None if plan.kv_tokens is None else plan.kv_bytes,
         "headroom_bytes": None if plan.memory is None else plan.headroom_bytes,
+        "host_items": [asdict(item) for item in plan.host],
+        "host_room_bytes": plan.host_room_bytes,
     }
 
 
@@ -194,6 +233,8 @@ def render_memory(plan: MemoryPlan) -> Table:
     if plan.memory is not None:
         total, free = _size(plan.memory.total), _size(plan.memory.free)
         table.add_row("left over", _size(plan.headroom_bytes), f"of {total}, {free} of it free now")
+    for item in plan.host:
+        table.add_row(item.name, _size(item.num_bytes), item.basis)
     return table
 
 

@@ -24,7 +24,7 @@ from types import FrameType
 
 from moesaic.launch.args import new_parser
 from moesaic.launch.errors import ConfigError, RankFailedError
-from moesaic.launch.flags import port_number
+from moesaic.launch.flag_kinds import port_number
 from moesaic.launch.router_cli import router_command
 
 READY_S = 300.0

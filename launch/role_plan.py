@@ -106,10 +106,15 @@ def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None
         bootstrap_address=bootstrap_address(config) if config.disaggregation_mode == "prefill" else "",
         ib_device=config.disaggregation_ib_device or "",
         num_reserved_decode_tokens=config.num_reserved_decode_tokens if config.disaggregation_mode == "decode" else 0,
-        host_kv_gb=config.disaggregation_host_kv_gb if config.disaggregation_mode == "decode" else 0.0,
+        host_kv_gb=host_kv_gb(config),
         timeout_s=float(config.disaggregation_timeout),
         checksum=config.disaggregation_checksum,
     )
+
+
+def host_kv_gb(config: ServerConfig) -> float:
+    """Host memory of a rank for the KV of retracted requests, in GB (1e9 bytes): only decode instances keep any."""
+    return config.disaggregation_host_kv_gb if config.disaggregation_mode == "decode" else 0.0
 
 
 def reachable_host(config: ServerConfig) -> str:

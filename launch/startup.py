@@ -29,7 +29,7 @@ from moesaic.launch.memory_plan import MemoryPlan, memory_choice, plan_memory
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
 from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
-from moesaic.launch.role_plan import plan_role
+from moesaic.launch.role_plan import host_kv_gb, plan_role
 from moesaic.launch.topology import ModelShape
 from moesaic.launch.version import version
 
@@ -79,7 +79,7 @@ def make_plan(config: ServerConfig) -> Plan:
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
     overlap = plan_overlap(config, resolution.config, model, resolution.topology)
-    memory = _fitting_memory(model, resolution, experts)
+    memory = _fitting_memory(model, resolution, experts, host_kv_gb(config))
     choices = (*resolution.choices, experts.choice(), *overlap.choices, memory_choice(memory))
     resolution = replace(resolution, choices=choices)
     generation = _generation_config(Path(config.model_path))
@@ -97,7 +97,7 @@ def make_plan(config: ServerConfig) -> Plan:
     )
 
 
-def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan) -> MemoryPlan:
+def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan, host_gb: float) -> MemoryPlan:
     """Raises ConfigError for what can't fit."""
     location = experts.slots.location
     num_slots = model.n_routed_experts if location is None else location.num_slots
@@ -110,16 +110,18 @@ def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertP
         graph_batch_sizes=resolution.config.cuda_graph_rows,
         fp8=frozenset({"routed experts"} if resolution.config.fp8_experts else ()),
         communication=partial(deepep_memory, model, num_slots),
+        host_kv_gb=host_gb,
     )
-    plan = plan_memory(inputs, _memory_of_a_rank(resolution))
+    host = measure_memory("cpu", resolution.topology.ranks_per_node)
+    plan = plan_memory(inputs, _memory_of_a_rank(resolution, host), host.free)
     refuse_memory(inputs, plan)
     return plan
 
 
-def _memory_of_a_rank(resolution: Resolution) -> DeviceMemory | None:
-    """The GPU with the least, or a rank's share of this node's memory; None where nvidia-smi can't say."""
+def _memory_of_a_rank(resolution: Resolution, host: DeviceMemory) -> DeviceMemory | None:
+    """The GPU with the least, or a rank's share of this node's memory (`host`); None where nvidia-smi can't say."""
     if resolution.config.device == "cpu":
-        return measure_memory("cpu", resolution.topology.ranks_per_node)
+        return host
     try:
         gpus = query_gpus()
     except OSError:

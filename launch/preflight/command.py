@@ -19,9 +19,10 @@ from moesaic.launch.errors import ConfigError, RendezvousError
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.multi_node import make_meeting, node_name
 from moesaic.launch.preflight.comparison import compare_nodes
-from moesaic.launch.preflight.devices import check_devices, versions
+from moesaic.launch.preflight.devices import check_devices
 from moesaic.launch.preflight.exchange import exchange
 from moesaic.launch.preflight.findings import Finding, fail, failed, finding_rows, merged, ok, render_findings
+from moesaic.launch.preflight.libraries import versions
 from moesaic.launch.preflight.limits import Needs, check_limits
 from moesaic.launch.preflight.model_files import check_model
 from moesaic.launch.preflight.network import check_network
@@ -106,9 +107,10 @@ def look_around(config: ServerConfig) -> Look:
 def check_machine(config: ServerConfig, *, cuda: bool) -> Iterator[Finding]:
     """Limits, devices and networks."""
     needs = needs_of(config, cuda=cuda)
-    deepep = config.moe_a2a_backend.startswith("deepep")
+    backend = config.moe_a2a_backend
     yield from check_limits(needs)
-    yield from check_devices(needed=cuda, ranks_per_node=needs.ranks_per_node, deepep=deepep)
+    yield from check_devices(needed=cuda, ranks_per_node=needs.ranks_per_node, a2a_backend=backend)
+    deepep = backend.startswith("deepep")
     yield from check_network(config.dist_init_addr if config.nnodes > 1 else None, rdma=needs.rdma, deepep=deepep)
 
 

@@ -1,21 +1,27 @@
-"""GPUs, their driver, and the libraries that GPUs need: what is here, and whether the flags need it. Makes no CUDA context."""
+"""GPUs, their driver, and the libraries that GPUs need: what is here, and whether the flags need it. Makes no CUDA context.
+
+How a library's version is found is in `libraries.py`.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Iterator, Sequence
 
 from moesaic.launch.gpus import Gpu, query_gpus
 from moesaic.launch.preflight.findings import NOT_HERE, Finding, fail, ok, warn
+from moesaic.launch.preflight.libraries import module_version, nccl_version, nvshmem_version
 
 GIB = 1 << 30
 BUSY_SHARE = 0.1
 DEEPEP_REMEDY = "build it against this torch (https://github.com/deepseek-ai/DeepEP), or use --moe-a2a-backend torch"
+NVSHMEM_REMEDY = (
+    "set NVSHMEM_DIR to the one that DeepEP was built with, or pip install nvidia-nvshmem-cu12 (-cu13): a DeepEP without it "
+    "knows neither low-latency steps nor other nodes"
+)
 
 
-def check_devices(*, needed: bool, ranks_per_node: int, deepep: bool) -> Iterator[Finding]:
-    """`needed`: the flags ask for CUDA; else what is missing is no failure. `deepep`: they ask for DeepEP."""
+def check_devices(*, needed: bool, ranks_per_node: int, a2a_backend: str) -> Iterator[Finding]:
+    """`needed`: the flags ask for CUDA; else what is missing is no failure. `a2a_backend`: --moe-a2a-backend."""
     try:
         yield check_gpus(query_gpus(), needed=needed, ranks_per_node=ranks_per_node)
     except OSError as error:
@@ -23,7 +29,8 @@ def check_devices(*, needed: bool, ranks_per_node: int, deepep: bool) -> Iterato
         yield (fail if needed else warn)("GPUs", str(error), remedy)
     yield _check_torch(needed)
     yield _check_nccl(needed)
-    yield _check_library("DeepEP", "deep_ep", deepep, DEEPEP_REMEDY)
+    yield _check_library("DeepEP", "deep_ep", a2a_backend.startswith("deepep"), DEEPEP_REMEDY)
+    yield check_nvshmem(needed=a2a_backend == "deepep")
     yield _check_library("DeepGEMM", "deep_gemm", False, "")
 
 
@@ -69,43 +76,16 @@ def _check_nccl(needed: bool) -> Finding:
     return ok("NCCL", version or f"{NOT_HERE}; the flags need none")
 
 
+def check_nvshmem(*, needed: bool) -> Finding:
+    """What DeepEP's first generation sends over; the second has NCCL."""
+    version = nvshmem_version()
+    if version is None and needed:  # no failure: DeepEP may have been built with one that only its own file names
+        return warn("NVSHMEM", NOT_HERE, NVSHMEM_REMEDY)
+    return ok("NVSHMEM", version or f"{NOT_HERE}; the flags need none")
+
+
 def _check_library(what: str, module: str, needed: bool, remedy: str) -> Finding:
     version = module_version(module)
     if version is None and needed:
         return fail(what, NOT_HERE, remedy)
     return ok(what, version or f"{NOT_HERE}; the flags need none")
-
-
-def nccl_version() -> str | None:
-    """Such as "2.27.3"; None where torch has no NCCL."""
-    import torch
-
-    if torch.version.cuda is None:
-        return None
-    found: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
-    return ".".join(map(str, found))
-
-
-def module_version(module: str) -> str | None:
-    """Its distribution's version, "version unknown" without one, None where it can't be imported. Imports nothing."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    names = importlib.metadata.packages_distributions().get(module, [])
-    return importlib.metadata.version(names[0]) if names else "version unknown"
-
-
-def versions() -> dict[str, str]:
-    """What should be the same on every node besides what `serve` compares, by the name a person knows it by."""
-    absent = "absent"
-    try:
-        gpus = query_gpus()
-    except OSError:
-        gpus = ()
-    return {
-        "triton version": module_version("triton") or absent,
-        "NCCL version": nccl_version() or absent,
-        "DeepEP version": module_version("deep_ep") or absent,
-        "DeepGEMM version": module_version("deep_gemm") or absent,
-        "GPU driver": gpus[0].driver if gpus else absent,
-        "GPUs": " and ".join(sorted({gpu.name for gpu in gpus})) or absent,
-    }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moesaic.launch.config import ServerConfig
+from moesaic.launch.dispatch_limits import StepSizes
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
@@ -24,7 +25,10 @@ def _choose(backend: str = "deepep", num_gpus: int = 8, **flags: Any) -> tuple[t
     layout: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": "torch"}
     config = ServerConfig(model_path="m", **{**layout, **flags})
     resolution = resolve(config, SHAPE, Hardware(num_cores=8, num_cuda_devices=num_gpus))
-    return choose_graphs(config, replace(resolution.config, moe_a2a_backend=backend), resolution.topology)  # type: ignore[arg-type]
+    settled = resolution.config
+    sizes = StepSizes(running_requests=settled.max_running_requests_per_dp, prompt_tokens=settled.chunked_prefill_tokens_per_dp)
+    asked = replace(config, moe_a2a_backend=backend)  # type: ignore[arg-type]
+    return choose_graphs(asked, settled.device, settled.dispatch_mode, sizes, resolution.topology)
 
 
 def test_deepeps_decode_steps_are_captured_up_to_the_dispatch_cap() -> None:

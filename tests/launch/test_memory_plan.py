@@ -22,7 +22,7 @@ from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.peer_exchange import PeerLayout, PeerWindow
 from moesaic.launch.config import ResolvedConfig, ServerConfig
 from moesaic.launch.demo import CHECKPOINT_DIR
-from moesaic.launch.engine.memory import DeviceMemory
+from moesaic.launch.engine.memory import DeviceMemory, plan_num_host_pages
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import make_parallel_context
 from moesaic.launch.errors import ConfigError
@@ -343,6 +343,33 @@ def test_a_larger_share_is_proposed_where_the_pool_is_too_small_and_memory_is_le
     fraction = float(words.split()[1])
     assert words.endswith("more; that is enough")
     assert plan_memory(replace(inputs, config=replace(inputs.config, mem_fraction_static=fraction)), memory).fits
+
+
+def test_host_memory_for_retracted_requests_is_as_large_as_a_rank_makes_it_and_refused_where_there_is_less() -> None:
+    inputs = published(EP72_DECODE, host_kv_gb=8.0)
+    gpu = DeviceMemory(total=80 * GB, free=80 * GB)
+    plan = plan_memory(inputs, gpu, host_free=30 * GB)
+    tokens = plan_num_host_pages(inputs.config, 8.0, plan.kv_bytes_per_token, 1 << 30) * inputs.config.page_size
+
+    refuse_memory(inputs, plan)
+    assert plan.host_bytes == tokens * plan.kv_bytes_per_token and 7.99 * GB < plan.host_bytes <= 8 * GB
+    assert plan.fixed_bytes == plan_memory(replace(inputs, host_kv_gb=0.0), gpu).fixed_bytes, "none of it is on the GPU"
+    assert "7.4" in memory_choice(plan).chosen and memory_rows(plan)["host_items"][0]["num_bytes"] == plan.host_bytes
+    with pytest.raises(ConfigError, match=r"gb 8: each rank would keep up to 7\.4.* 5\.59 GiB; use .*-host-kv-gb 6, or 0"):
+        refuse_memory(inputs, plan_memory(inputs, gpu, host_free=6 * GB))
+
+
+def test_on_a_cpu_host_memory_is_what_the_plan_leaves_over() -> None:
+    inputs = replace(settled(load_model_config(CHECKPOINT_DIR), mem_fraction_static=0.6), host_kv_gb=4.0)
+    memory = DeviceMemory(total=3 * GB, free=3 * GB)
+    plan = plan_memory(inputs, memory)
+
+    assert plan.fits and plan.host_bytes == plan.kv_bytes, "all that the pool can hold"
+    with pytest.raises(ConfigError, match="free on this machine beside what the server computes with"):
+        refuse_memory(inputs, plan)
+    less = plan_memory(replace(inputs, host_kv_gb=0.5), memory)
+    refuse_memory(inputs, less)
+    assert less.host_room_bytes == less.headroom_bytes
 
 
 def test_where_memory_is_not_known_nothing_is_refused_and_the_table_says_so() -> None:

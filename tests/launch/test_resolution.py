@@ -197,9 +197,9 @@ def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
     lines = str(caught.value).splitlines()
     accepted = [line.rpartition("to accept it: ")[2] for line in lines[1:]]
     assert accepted == [
+        "--quantization none",
         "--attention-backend torch",
         "--moe-runner-backend torch",
-        "--quantization none",
         "--disable-cuda-graph",
     ]
 

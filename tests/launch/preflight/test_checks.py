@@ -19,8 +19,10 @@ from moesaic.launch.config import ServerConfig
 from moesaic.launch.gpus import Gpu
 from moesaic.launch.models.checkpoint_files import inspect_checkpoint
 from moesaic.launch.models.config import load_model_config
-from moesaic.launch.preflight.devices import check_gpus
+from moesaic.launch.preflight import libraries
+from moesaic.launch.preflight.devices import check_gpus, check_nvshmem
 from moesaic.launch.preflight.findings import Finding
+from moesaic.launch.preflight.libraries import versions
 from moesaic.launch.preflight.limits import Needs, check_cores, check_memlock, check_nofile, check_shm
 from moesaic.launch.preflight.network import check_gpudirect, check_host_name, check_interface, check_interfaces, check_rdma
 from moesaic.launch.preflight.ports import check_ports
@@ -175,6 +177,28 @@ def test_gpus(gpus: tuple[Gpu, ...], needed: bool, wanted: str, words: str) -> N
     finding = check_gpus(gpus, needed=needed, ranks_per_node=2)
 
     assert finding.status == wanted and words in finding.found
+
+
+def test_nvshmem_is_that_of_the_package_unless_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVSHMEM_DIR", raising=False)
+    monkeypatch.setattr(libraries, "NVSHMEM_PACKAGES", ("nvidia-nvshmem-cu99",))  # a machine with GPUs has the real ones
+    assert status(check_nvshmem(needed=False)) == "ok", "another backend does not mind"
+    missing = check_nvshmem(needed=True)
+    assert missing.status == "warn" and "pip install nvidia-nvshmem-cu12" in missing.remedy
+
+    package = tmp_path / "nvidia_nvshmem_cu99-3.4.5.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-nvshmem-cu99\nVersion: 3.4.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check_nvshmem(needed=True) == Finding(status="ok", what="NVSHMEM", found="3.4.5")
+    assert versions()["NVSHMEM version"] == "3.4.5"
+
+    monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
+    assert f"version unknown ({tmp_path}/include/non_abi/nvshmem_version.h: No such file" in check_nvshmem(needed=True).found
+    (tmp_path / "include" / "non_abi").mkdir(parents=True)
+    lines = (f"#define NVSHMEM_VENDOR_{part}_VERSION {number}" for part, number in (("MAJOR", 3), ("MINOR", 5), ("PATCH", 19)))
+    (tmp_path / "include" / "non_abi" / "nvshmem_version.h").write_text("\n".join(lines))
+    assert versions()["NVSHMEM version"] == "3.5.19"
 
 
 def test_a_name_that_means_this_machine_alone_is_no_name_for_others() -> None:

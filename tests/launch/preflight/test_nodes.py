@@ -147,7 +147,7 @@ def test_nodes_that_do_not_reach_each_other_are_a_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("GPU driver", "warn"), ("NCCL version", "fail"), ("--tp-size", "fail"), ("moesaic version", "fail")]
+    ("name", "wanted"), [("GPU driver", "warn"), ("NVSHMEM version", "fail"), ("--tp-size", "fail"), ("moesaic version", "fail")]
 )
 def test_what_must_be_alike_fails_and_what_should_be_warns(name: str, wanted: str) -> None:
     exchanged = exchanged_with(Link(round_trip_ms=0.1), Link(round_trip_ms=0.1), {"GPU driver": "570.1", name: "another"})

@@ -1,0 +1,133 @@
+"""What the model computes on and in: device, CPU kernels, dtype, quantisation, KV format, collectives; settled, with report rows.
+
+Knows flags, the model's numbers and the machine's; imports no torch. Raises ConfigError for what was asked for and can't be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moesaic.kernels.grouped_backends import Kind
+from moesaic.kernels.native.build import SWITCH_VARIABLE
+from moesaic.launch.config import DeviceName, DTypeName, KVDTypeName, ServerConfig
+from moesaic.launch.conflicts import refuse
+from moesaic.launch.errors import ConfigError
+from moesaic.launch.hardware import Hardware
+from moesaic.launch.model_rules import fp8_expert_conflicts
+from moesaic.launch.report import Choice
+from moesaic.launch.topology import ModelShape, Topology
+
+Communication = Literal["gloo", "nccl"]
+FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What was settled. Its fields are those of ResolvedConfig; `rows` are the report's."""
+
+    device: DeviceName
+    dtype: DTypeName
+    quantization: Literal["none", "fp8"]
+    kv_dtype: KVDTypeName
+    communication: Communication
+    rows: tuple[Choice, ...]
+
+    @property
+    def expert_kind(self) -> Kind:
+        """What the rows and weights of the experts' products are; on a CPU, W8A8 is simulated."""
+        return "fp8" if self.quantization == "fp8" and self.device == "cuda" else self.dtype
+
+
+def choose_compute(config: ServerConfig, shape: ModelShape, topology: Topology, hardware: Hardware) -> Compute:
+    """Device first; everything else depends on it."""
+    device, device_row = _device(config, topology, hardware)
+    dtype, dtype_row = _dtype(config, device)
+    quantization, quantization_row = _quantization(config, shape, device, dtype)
+    if quantization == "fp8" and device == "cuda":
+        refuse(fp8_expert_conflicts(config, shape))
+    kv_dtype, kv_row = _kv_dtype(config, device, dtype)
+    communication: Communication = "gloo" if device == "cpu" else "nccl"
+    communication_row = Choice(capability="communication", chosen=communication)
+    return Compute(
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        kv_dtype=kv_dtype,
+        communication=communication,
+        rows=(device_row, _cpu_kernels_row(hardware, device), dtype_row, quantization_row, kv_row, communication_row),
+    )
+
+
+def _device(config: ServerConfig, topology: Topology, hardware: Hardware) -> tuple[DeviceName, Choice]:
+    if config.device == "cpu":
+        return "cpu", Choice(capability="device", chosen=f"cpu ({hardware.num_cores} cores)")
+    wanted = topology.ranks_per_node
+    reason = hardware.cuda_missing
+    if 0 < hardware.num_cuda_devices < wanted:
+        reason = f"{wanted} ranks per node, and torch sees {hardware.num_cuda_devices} CUDA devices"
+    if hardware.num_cuda_devices >= wanted:
+        return "cuda", Choice(capability="device", chosen=f"cuda ({hardware.num_cuda_devices} devices)")
+    if config.device == "cuda":
+        raise ConfigError(f"--device cuda: {reason}; use --device cpu, or install a CUDA build of torch on a machine with GPUs")
+    chosen = f"cpu ({hardware.num_cores} cores)"
+    return "cpu", Choice(capability="device", chosen=chosen, refused=(("cuda", reason),), downgrade=True, accept="--device cpu")
+
+
+def _dtype(config: ServerConfig, device: DeviceName) -> tuple[DTypeName, Choice]:
+    if config.dtype != "auto":
+        return config.dtype, Choice(capability="dtype", chosen=config.dtype)
+    if device == "cuda":
+        return "bfloat16", Choice(capability="dtype", chosen="bfloat16")
+    # Not a downgrade: float32 is the more exact of the two, and the faster one on most CPUs.
+    return "float32", Choice(capability="dtype", chosen="float32", refused=(("bfloat16", "slower than float32 on most CPUs"),))
+
+
+def _quantization(
+    config: ServerConfig, shape: ModelShape, device: DeviceName, dtype: DTypeName
+) -> tuple[Literal["none", "fp8"], Choice]:
+    if config.quantization == "fp8":
+        if not shape.fp8_checkpoint:
+            raise ConfigError(
+                "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
+                "blocks); leave --quantization out, or take an FP8 checkpoint"
+            )
+        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
+        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
+    if not shape.fp8_checkpoint:
+        return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
+    # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
+    return "none", Choice(
+        capability="quantisation",
+        chosen=f"FP8 weights dequantised to {dtype} at load",
+        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
+        downgrade=device == "cuda" and config.quantization == "auto",
+        accept="--quantization none",
+    )
+
+
+def _kv_dtype(config: ServerConfig, device: DeviceName, dtype: DTypeName) -> tuple[KVDTypeName, Choice]:
+    if config.kv_cache_dtype == "fp8_e4m3":
+        how = ", computed by torch, slowly: a CPU has no FP8" if device == "cpu" else ""
+        return "float8_e4m3fn", Choice(capability="KV cache", chosen=f"FP8 (e4m3), scale 1{how}")
+    if config.kv_cache_dtype != "auto" and dtype != "bfloat16":
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: the model computes in {dtype}; use auto or fp8_e4m3")
+    return dtype, Choice(capability="KV cache", chosen=dtype)
+
+
+def _cpu_kernels_row(hardware: Hardware, device: DeviceName) -> Choice:
+    """Compiled C for fp32 tensors on the CPU; whatever they don't cover is torch's."""
+    capability, best = "CPU kernels", "compiled C"
+    if device == "cuda":
+        return Choice(capability=capability, chosen="not used", refused=((best, "the device is cuda"),))
+    if hardware.cpu_kernels_missing is None:
+        return Choice(capability=capability, chosen=best)
+    refused = ((best, hardware.cpu_kernels_missing),)
+    wanted = f"{SWITCH_VARIABLE}=torch"
+    return Choice(
+        capability=capability,
+        chosen="torch",
+        refused=refused,
+        downgrade=hardware.cpu_kernels_missing != wanted,
+        accept=f"the environment variable {wanted}",
+    )
