@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+NIXL := nixl nixl-cu12
+CUTE_DSL := nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu12 cuda-bindings cuda-pathfinder
 CODE := attention eplb kernels launch moe overlap tests benchmarks
 
 .DEFAULT_GOAL := help
@@ -41,7 +43,8 @@ $(BIN)/python:
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-# nixl (a transport of prefill/decode disaggregation) goes in without its dependencies, which would bring CUDA's packages.
+# nixl (a transport of prefill/decode disaggregation) and CuTe DSL (the compiler of kernels/cute) go in without their dependencies,
+# which would bring CUDA's packages; what CuTe DSL needs of them to compile is named.
 # The stamps say which dependencies are in: a second run starts at once, a changed pyproject or constraints file installs again.
 $(VENV)/.serve-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing moesaic (the first time takes a minute or two)"
@@ -52,8 +55,8 @@ $(VENV)/.test-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing moesaic and what its tests need"
 	@$(PIP) -e '.[test]'
 	@case "$$(uname -sm)" in \
-		"Linux x86_64"|"Linux aarch64") $(PIP) --no-deps nixl nixl-cu12 ;; \
-		*) echo "nixl has no wheel for $$(uname -sm): the tests of its transport are skipped" ;; esac
+		"Linux x86_64"|"Linux aarch64") $(PIP) --no-deps $(NIXL) $(CUTE_DSL) ;; \
+		*) echo "no wheels of nixl and CuTe DSL for $$(uname -sm): the tests of that transport and of kernels/cute are skipped" ;; esac
 	@touch $@ $(VENV)/.serve-stamp
 
 # mypy does not see an editable install of folders that lie side by side under one namespace.
