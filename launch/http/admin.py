@@ -15,6 +15,7 @@ from moesaic.launch.http.body import parse_body
 from moesaic.launch.http.control import Command
 from moesaic.launch.http.errors import EngineFailedError, bad_request, json_response, unavailable
 from moesaic.launch.http.job import FieldNames, make_jobs
+from moesaic.launch.http.request_log import Level
 from moesaic.launch.http.run import Run
 from moesaic.launch.http.sampling import make_plan
 from moesaic.launch.http.services import Services
@@ -27,6 +28,11 @@ class AbortBody(msgspec.Struct, kw_only=True):
     abort_all: bool | None = None
 
 
+class LoggingBody(msgspec.Struct, kw_only=True):
+    log_requests: bool | None = None
+    log_requests_level: Level | None = None
+
+
 def make_router(services: Services) -> APIRouter:
     router = APIRouter()
     _add_probes(router, services)
@@ -35,6 +41,10 @@ def make_router(services: Services) -> APIRouter:
 
 
 def _add_probes(router: APIRouter, services: Services) -> None:
+    @router.get("/")
+    async def root() -> Response:
+        return json_response({"status": "moesaic is running", "model": services.config.served_model_name})
+
     @router.get("/health")
     @router.get("/ready")
     async def health() -> Response:
@@ -104,6 +114,15 @@ def _add_commands(router: APIRouter, services: Services) -> None:
         if body.rid is None and not body.abort_all:
             raise bad_request("rid or abort_all must be given", "rid")
         return json_response({"aborted": services.client.abort_named(None if body.abort_all else body.rid)})
+
+    @router.api_route("/configure_logging", methods=BOTH)
+    async def configure_logging(request: Request) -> Response:
+        body = parse_body(await request.body() or b"{}", LoggingBody)
+        level = services.log.level if body.log_requests_level is None else body.log_requests_level
+        if body.log_requests is not None:
+            level = (2 if level is None else level) if body.log_requests else None
+        services.log.level = level
+        return json_response({"log_requests": level is not None, "log_requests_level": level})
 
 
 async def run_command(

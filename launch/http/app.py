@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from moesaic.launch.http import admin, chat, completions, generate, info, profile, responses
+from moesaic.launch.http import admin, chat, completions, generate, info, not_built, profile, responses, tokenize
 from moesaic.launch.http.client import RankClient
 from moesaic.launch.http.config import HttpConfig
 from moesaic.launch.http.errors import ApiError, handle_api_error, handle_crash, handle_http_exception
@@ -50,8 +50,9 @@ def make_app(config: HttpConfig, client: RankClient, tokenizer: Tokenizer | None
     """The whole server as an ASGI application. `tokenizer` None: token ids only."""
     services = make_services(config, client, tokenizer)
     app = FastAPI(title="moesaic", version=config.version, openapi_url=None)
-    for module in (admin, profile, info, generate, chat, completions, responses):
+    for module in (admin, profile, info, generate, chat, completions, responses, tokenize):
         app.include_router(module.make_router(services))
+    app.include_router(not_built.make_router())
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(Exception, handle_crash)

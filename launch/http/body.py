@@ -14,8 +14,9 @@ import msgspec
 from fastapi import Request
 
 from moesaic.launch.http.errors import ApiError, bad_request
+from moesaic.launch.http.foreign_fields import refuse_foreign
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_BODY_BYTES = 64 << 20
 _MISSING = re.compile(r"missing required field `(\w+)`")
@@ -39,9 +40,13 @@ async def _read_bytes(request: Request) -> bytes:
 
 
 def parse_body(data: bytes, kind: type[T]) -> T:
-    """`data` as a `kind` (a msgspec struct whose unknown fields are tolerated, as routers add some)."""
+    """`data` as a `kind`: a msgspec struct whose unknown fields are tolerated, as routers add some, but for those that would change
+    the answer.
+    """
     try:
-        return msgspec.json.decode(data, type=kind)
+        body = msgspec.json.decode(data, type=kind)
+        refuse_foreign(data, frozenset(body.__struct_fields__))
+        return body
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error)) from None
     except UnicodeDecodeError as error:

@@ -207,10 +207,10 @@ class RankClient:
             self._send(self._group(flight.dp_rank), AbortRequest(rid=rid, finish=finish))
 
     def abort_named(self, name: str | None) -> int:
-        """Ask the ranks to abort all sequences of this name (None: of every name); their consumers see it end by
-        "abort".
+        """Ask the ranks to abort all sequences of this name (None: of every name), a batch's by the batch's name too; their
+        consumers see it end by "abort".
         """
-        chosen = [(rid, flight) for rid, flight in self._in_flight.items() if name is None or flight.name == name]
+        chosen = [(rid, flight) for rid, flight in self._in_flight.items() if name is None or _is_called(flight.name, name)]
         for rid, flight in chosen:
             self._send(self._group(flight.dp_rank), AbortRequest(rid=rid))
         return len(chosen)
@@ -306,6 +306,12 @@ class RankClient:
             if problem is not None and self._in_flight:
                 logger.error("dropping %d sequences: %s", len(self._in_flight), problem)
                 self.drop_all(problem)
+
+
+def _is_called(name: str, asked: str) -> bool:
+    """A batch that is called "a" has the sequences "a_0", "a_1" and so on."""
+    batch, _, index = name.rpartition("_")
+    return name == asked or (batch == asked and index.isdecimal())
 
 
 def _numbers(ranks: list[int] | set[int]) -> str:

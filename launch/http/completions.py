@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -20,6 +20,8 @@ from moesaic.launch.http.run import Generated, Run, Update
 from moesaic.launch.http.services import Services
 
 MAX_LOGPROBS = 20
+# OpenAI's, as in SGLang and vLLM; chat answers may fill the context.
+DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(OpenAiBody, kw_only=True):
@@ -102,7 +104,9 @@ async def _encode_prompts(services: Services, prompt: str | list[int | str | lis
 
 
 def _make_jobs(services: Services, body: CompletionBody, prompts: Sequence[list[int]], name: str) -> list[Job]:
-    plan = openai_plan(services, body, body.max_tokens, "max_tokens")
+    is_default = body.max_tokens is None
+    plan = openai_plan(services, body, DEFAULT_MAX_TOKENS if is_default else body.max_tokens, "max_tokens")
+    plan = replace(plan, max_is_default=is_default)
     asked = body.logprobs is not None
     if asked:
         services.need_tokenizer("logprobs")

@@ -15,8 +15,9 @@ class HttpConfig:
     connects. `eos_token_ids` end every sequence unless `ignore_eos`. `default_sampling` holds native sampling names
     (from the checkpoint's generation_config.json) used where a request says nothing; `random_seed` decides the seeds
     that such requests get (None: chance). `max_queued_requests` None: no limit. `role` is --disaggregation-mode; `bootstrap_port`
-    holds for requests that give none. `server_args`, `resolution` and `memory_plan` are shown in /server_info as they
-    are. Times are seconds.
+    holds for requests that give none. `log_level_http`: of uvicorn; "info" and "debug" log every HTTP request.
+    `log_requests_level` None: requests are not logged. `server_args`, `resolution` and `memory_plan` are shown in /server_info as
+    they are. Times are seconds.
     """
 
     model_path: str
@@ -47,6 +48,8 @@ class HttpConfig:
     bootstrap_port: int = 8998
     version: str = "0"
     log_level: str = "info"
+    log_level_http: str = "warning"
+    log_requests_level: Literal[0, 1, 2, 3] | None = None
     heartbeat_deadline: float = 5.0
     watchdog_timeout: float = 300.0
     health_generate_deadline: float = 20.0

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from moesaic.launch.engine.messages import TokenLogprobs
 from moesaic.launch.http.body import read_body
 from moesaic.launch.http.errors import bad_request, json_response
-from moesaic.launch.http.job import FieldNames, Job, Wants, make_jobs
+from moesaic.launch.http.job import FieldNames, Job, Priority, Wants, make_jobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
 from moesaic.launch.http.rooms import RoomFields, with_rooms
 from moesaic.launch.http.run import Finish, Generated, Run
@@ -19,16 +19,6 @@ from moesaic.launch.http.sampling import Plan, make_plan
 from moesaic.launch.http.services import Services
 
 T = TypeVar("T")
-
-_NOT_SUPPORTED = (
-    "token_ids_logprob",
-    "input_embeds",
-    "image_data",
-    "audio_data",
-    "video_data",
-    "lora_path",
-    "session_params",
-)
 
 
 class GenerateBody(RoomFields, kw_only=True):
@@ -44,16 +34,9 @@ class GenerateBody(RoomFields, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     return_text_in_logprobs: bool | None = None
     no_stop_trim: bool | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
-    token_ids_logprob: Any = None
-    input_embeds: Any = None
-    image_data: Any = None
-    audio_data: Any = None
-    video_data: Any = None
-    lora_path: Any = None
-    session_params: Any = None
 
 
 def make_router(services: Services) -> APIRouter:
@@ -62,7 +45,6 @@ def make_router(services: Services) -> APIRouter:
     @router.api_route("/generate", methods=["POST", "PUT"])
     async def generate(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
-        _refuse_unsupported(body)
         jobs = await _make_jobs(services, body)
         single = not _is_batch(body) and len(jobs) == 1
         with_text = bool(body.return_text_in_logprobs)
@@ -93,12 +75,6 @@ async def _stream(services: Services, jobs: Sequence[Job], with_text: bool) -> A
 
 
 # From the body to jobs
-
-
-def _refuse_unsupported(body: GenerateBody) -> None:
-    for name in _NOT_SUPPORTED:
-        if getattr(body, name) not in (None, []):
-            raise bad_request(f"{name} is not supported", name)
 
 
 def _is_batch(body: GenerateBody) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import msgspec
 
@@ -15,6 +16,8 @@ from moesaic.launch.http.errors import bad_request
 from moesaic.launch.http.sampling import ModelLimits, Plan
 
 MAX_TOP_LOGPROBS = 64
+# As large as the message to the ranks can carry.
+Priority = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from moesaic.launch.http.errors import bad_request
+from moesaic.launch.http.job import Priority
 from moesaic.launch.http.rooms import RoomFields
 from moesaic.launch.http.run import Generated
 from moesaic.launch.http.sampling import Plan, make_plan
@@ -72,7 +73,7 @@ class OpenAiBody(RoomFields, kw_only=True):
     ebnf: Any = None
     structural_tag: Any = None
     rid: str | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -27,7 +27,7 @@ class RoomFields(msgspec.Struct, kw_only=True):
     bootstrap_host: Any = None
     bootstrap_port: Any = None
     bootstrap_room: Any = None
-    disagg_prefill_dp_rank: int | None = None
+    disagg_prefill_dp_rank: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

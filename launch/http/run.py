@@ -102,6 +102,7 @@ class Run:
             self._services.client.abort(rid)
             self._services.metrics.num_aborted.inc()
             self._services.metrics.num_requests.inc()
+            self._services.log.finished(self._open[rid])
         self._open.clear()
 
     def _submit(self, job: Job) -> None:
@@ -122,6 +123,7 @@ class Run:
         )
         self.sequences.append(sequence)
         self._open[rid] = sequence
+        self._services.log.received(sequence)
 
     def _detokenizer(self, job: Job) -> Detokenizer | None:
         if self._services.tokenizer is None:
@@ -157,6 +159,7 @@ class Run:
                 del self._open[rid]
                 # The rank does not know of stop strings; for one that has ended by itself this does nothing.
                 self._services.client.abort(rid, finish=True)
+                self._services.log.finished(sequence)
             yield update
 
     async def finished(self) -> list[Generated]:

@@ -16,6 +16,8 @@ from moesaic.launch.http.errors import ApiError, bad_request
 
 DEFAULT_MAX_NEW_TOKENS = 128
 GREEDY_BELOW = 1e-6
+# Logits are divided by it: below, they leave what a float32 can hold.
+MIN_REPETITION_PENALTY = 1e-6
 MAX_SEQUENCES = 128
 MAX_STOPS = 64
 MAX_STOP_BYTES = 64 << 10
@@ -215,7 +217,7 @@ def _params(reader: _Reader, limits: ModelLimits, max_new_tokens: int) -> Sampli
         min_p=reader.number("min_p", 0.0, 0.0, 1.0),
         frequency_penalty=reader.number("frequency_penalty", 0.0, -2.0, 2.0),
         presence_penalty=reader.number("presence_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=reader.number("repetition_penalty", 1.0, 0.0, 2.0, open_low=True),
+        repetition_penalty=reader.number("repetition_penalty", 1.0, MIN_REPETITION_PENALTY, 2.0),
         seed=_seed(reader),
         max_new_tokens=max_new_tokens,
         min_new_tokens=reader.integer("min_new_tokens", 0, 0),

@@ -8,6 +8,7 @@ from moesaic.launch.http.client import RankClient
 from moesaic.launch.http.config import HttpConfig
 from moesaic.launch.http.errors import ApiError, bad_request
 from moesaic.launch.http.metrics import Metrics
+from moesaic.launch.http.request_log import RequestLog
 from moesaic.launch.http.sampling import ModelLimits
 from moesaic.launch.http.tokenizer import Tokenizer
 
@@ -19,6 +20,7 @@ class Services:
     tokenizer: Tokenizer | None
     metrics: Metrics
     limits: ModelLimits
+    log: RequestLog
 
     def need_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer; a 400 blaming `param` where the server has none."""
@@ -46,4 +48,5 @@ class Services:
 def make_services(config: HttpConfig, client: RankClient, tokenizer: Tokenizer | None) -> Services:
     limits = ModelLimits(vocab_size=config.vocab_size, context_length=config.context_length, eos_token_ids=config.eos_token_ids)
     metrics = Metrics(config.served_model_name, client.loads, client.health.rebalance, config.role)
-    return Services(config=config, client=client, tokenizer=tokenizer, metrics=metrics, limits=limits)
+    log = RequestLog(config.log_requests_level)
+    return Services(config=config, client=client, tokenizer=tokenizer, metrics=metrics, limits=limits, log=log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -91,6 +92,35 @@ def test_commands_reach_every_dp_rank(server: HttpServer, path: str, command: st
     server.ranks[1].refuse_control = False
     assert answer.status_code == 400
     assert "DP rank 1" in answer.json()["error"]["message"]
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement(server: HttpServer) -> None:
+    """Nagle's algorithm would hold the second write of each for 40 ms."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        server.http.get("/v1/models")
+        return time.perf_counter() - started
+
+    assert sorted(seconds() for _ in range(9))[4] < 0.03
+
+
+def test_requests_are_logged_from_the_moment_they_are_asked_for(server: HttpServer, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 2}, "rid": "logged"}
+    with caplog.at_level("INFO", logger="moesaic.launch.http.request_log"):
+        server.generate(**body)
+        assert not caplog.messages
+        for level in (0, 1, 2):
+            assert server.post("/configure_logging", {"log_requests_level": level}).json()["log_requests"] is True
+            server.generate(**body)
+        assert server.post("/configure_logging", {"log_requests": False}).json()["log_requests_level"] is None
+        server.generate(**body)
+    received, finished = caplog.messages[0::2], caplog.messages[1::2]
+    assert len(received) == len(finished) == 3
+    assert all(line.startswith("Receive: rid='logged' dp_rank=") and "prompt_tokens=2" in line for line in received)
+    assert ["sampling_params" in line for line in received] == [False, True, True]
+    assert ["input_ids=[5, 6]" in line for line in received] == [False, False, True]
+    assert all("finish_reason=length completion_tokens=2" in line for line in finished)
 
 
 def test_metrics_count_what_happened(server: HttpServer) -> None:

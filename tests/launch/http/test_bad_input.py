@@ -75,6 +75,11 @@ TABLE: list[tuple[str, Any, int, str | None]] = [
     ("/generate", {"input_ids": [5], "return_logprob": True, "logprob_start_len": 2}, 400, "logprob_start_len"),
     ("/generate", {"input_ids": [5], "token_ids_logprob": [1]}, 400, "token_ids_logprob"),
     ("/generate", {"input_ids": [5], "stream": "yes"}, 400, "stream"),
+    ("/generate", {"input_ids": [5], "priority": 10**30}, 400, "priority"),
+    ("/generate", {"input_ids": [5], "return_hidden_states": True}, 400, "return_hidden_states"),
+    ("/generate", {"input_ids": [5], "custom_logit_processor": "x"}, 400, "custom_logit_processor"),
+    ("/generate", {"input_ids": [5], "extra_key": "tenant"}, 400, "extra_key"),
+    ("/generate", native(repetition_penalty=1e-300), 400, "sampling_params.repetition_penalty"),
     *[("/generate", {"input_ids": [5], name: value}, 400, name) for name, value in PD.items()],
     ("/v1/chat/completions", {}, 400, "messages"),
     ("/v1/chat/completions", {"messages": "hi"}, 400, "messages"),
@@ -112,13 +117,27 @@ TABLE: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 10_000}, 400, "max_tokens"),
     ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "model"),
+    ("/v1/completions", {"prompt": "a", "guided_json": {"type": "object"}}, 400, "guided_json"),
+    ("/v1/completions", {"prompt": "a", "priority": -(10**30)}, 400, "priority"),
     ("/v1/responses", {"input": ""}, 400, "input"),
+    ("/v1/responses", {"input": "a", "top_logprobs": 3}, 400, "top_logprobs"),
     ("/v1/responses", {"input": [{"type": "function_call_output"}]}, 400, "input[0]"),
     ("/v1/responses", {"input": "a", "previous_response_id": "x"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400, "text.format"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 9999}, 400, "max_output_tokens"),
     ("/abort_request", {}, 400, "rid"),
     ("/start_profile", {"num_steps": -1}, 400, "num_steps"),
+    ("/configure_logging", {"log_requests_level": 4}, 400, "log_requests_level"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
+    ("/tokenize", {"messages": []}, 400, "messages"),
+    ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+    ("/detokenize", {"tokens": [5, [6]]}, 400, "tokens"),
+    ("/detokenize", {"tokens": [400]}, 400, "tokens"),
+    ("/detokenize", {"tokens": "5"}, 400, "tokens"),
+    ("/encode", {"text": "a"}, 400, None),
+    ("/v1/embeddings", {"input": "a"}, 400, None),
+    ("/v1/responses/resp-1/cancel", {}, 400, None),
     ("/nowhere", {}, 404, None),
 ]
 
@@ -133,6 +152,18 @@ def test_bad_fields(server: HttpServer, path: str, body: Any, status: int, param
     assert error["message"]
     assert len(answer.text) < 1000, "a refusal must not repeat a huge input"
     assert sum(len(rank.generates()) for rank in server.ranks) == sent
+
+
+def test_what_a_router_adds_without_asking_for_anything_is_tolerated(server: HttpServer) -> None:
+    added = {
+        "return_hidden_states": False,
+        "lora_path": None,
+        "session_params": {},
+        "image_data": [],
+        "log_metrics": True,
+        "model": None,
+    }
+    assert server.generate(input_ids=[5], sampling_params={"max_new_tokens": 1}, **added)["output_ids"] == [5]
 
 
 VALID = {

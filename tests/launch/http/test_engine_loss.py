@@ -167,6 +167,17 @@ def test_abort_request_ends_it_with_abort(server: HttpServer) -> None:
     slow(server, 0.0)
 
 
+def test_a_batch_is_aborted_by_its_name(server: HttpServer) -> None:
+    slow(server)
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(server.generate, **{**LONG, "input_ids": [[5], [6]]}, rid="batch")
+        wait_for(lambda: sum(rank.num_running for rank in server.ranks) == 2)
+        assert server.post("/abort_request", {"rid": "bat"}).json() == {"aborted": 0}
+        assert server.post("/abort_request", {"rid": "batch"}).json() == {"aborted": 2}
+        assert [answer["meta_info"]["finish_reason"]["type"] for answer in batch.result()] == ["abort", "abort"]
+    slow(server, 0.0)
+
+
 def test_ranks_of_a_group_see_one_stream_and_the_others_wake(model_path: Path) -> None:
     with HttpServer(model_path, dp_size=2, attn_tp_size=2) as server:
         for index in range(6):

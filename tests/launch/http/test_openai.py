@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from http_server import HttpServer, byte_level_tokenizer
+from http_server import CONTEXT_LENGTH, HttpServer, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 # What the template makes of the one message "hi 🦊": the echo rank says it again, and stops at <eos>.
@@ -104,6 +104,14 @@ def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="echo", prompt="fox", max_tokens=50, stop="x")
     assert answer.choices[0].text == "fo"
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_completions_that_name_no_length_get_sixteen_tokens_or_what_fits(client: openai.OpenAI) -> None:
+    extra = {"ignore_eos": True}
+    for num_prompt, num_new in ((1, 16), (CONTEXT_LENGTH - 3, 3)):
+        answer = client.completions.create(model="echo", prompt=[5] * num_prompt, extra_body=extra)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == num_new
 
 
 def test_completions_of_a_batch_with_n(client: openai.OpenAI) -> None:
