@@ -8,7 +8,7 @@
 
 Glossary of location.py. Knows one rank; the exchange of counts that the last two need is the caller's. The tables of the first
 three have fixed shapes and are written in place, so that a captured graph sees a layer's new placement; they never wait for the
-device. The last two work on the CPU: with topk_ids on a device they wait for it.
+device. The last two work on the CPU: with topk_ids on a device they wait for it (moe/balanced_choice.py has them for a device).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Replica choice `balanced`: all ranks' counts of this very batch split so that the most loaded GPU has as few tokens as any split
-can give it, and each choice of one rank sent to a replica by that split.
+can give it, and each choice of one rank sent to a replica by that split. `activated`: the same split of activated experts, each of
+which counts once and so goes whole to one replica.
 
 The split is a transport problem (experts to GPUs). Every rank solves it alone, in integers and in one fixed order, so that equal
 counts give equal splits everywhere: shared experts go whole to their emptiest GPU, then GPUs above the limit shed load along
@@ -43,14 +44,15 @@ class BalancedTable:
     ) -> BalancedTable:
         """slots int64 [R] on the CPU: the expert of each slot; slot s lies on GPU s // (R / num_gpus).
 
-        M is `most_gpus`, by default a power of two, 4 or more, that these slots need. Raises ValueError.
+        M is `most_gpus`, by default a power of two, 4 or more, that these slots need. An expert on more GPUs than M uses those of
+        its first slots. Raises ValueError.
         """
         check_tensor("BalancedTable.of", "slots", slots, shape=(None,), dtypes=(torch.int64,), like=torch.empty(0))
         experts = slots.numpy()
         _check_slots(experts, num_experts, num_gpus)
-        per_gpu, redundant = len(experts) // num_gpus, len(experts) - num_experts
-        needed = int(np.bincount(experts).max(initial=1))
-        num_shared, most = max(redundant, 1), max(4, 1 << (needed - 1).bit_length()) if most_gpus is None else most_gpus
+        most = max(4, most_replicas(experts)) if most_gpus is None else most_gpus
+        check_number("BalancedTable.of", "most_gpus", most, at_least=2)
+        per_gpu, num_shared = len(experts) // num_gpus, max(len(experts) - num_experts, 1)
         fixed = np.full((num_gpus, per_gpu), -1, dtype=np.int32)
         shared_experts, index = np.full(num_shared, -1, dtype=np.int32), np.full(num_experts, -1, dtype=np.int32)
         gpus, places = (np.full((num_shared, most), -1, dtype=np.int32) for _ in range(2))
@@ -64,9 +66,8 @@ class BalancedTable:
                 row = fixed[own_gpus[0]]
                 row[np.argmax(row < 0)] = expert
                 continue
-            check_number("BalancedTable.of", f"the number of GPUs of expert {expert}", len(own_gpus), at_least=2, at_most=most)
-            shared_experts[found], index[expert] = expert, found
-            gpus[found, : len(own_gpus)], places[found, : len(own_gpus)] = own_gpus, own[first_there]
+            shared_experts[found], index[expert], used = expert, found, min(len(own_gpus), most)
+            gpus[found, :used], places[found, :used] = own_gpus[:used], own[first_there[:used]]
             found += 1
         return BalancedTable(
             fixed_experts=_put(fixed, device),
@@ -76,6 +77,11 @@ class BalancedTable:
             shared_index=_put(index, device),
             first_slots=_put(first, device),
         )
+
+    def assign(self, other: BalancedTable) -> None:
+        """Take the other table's contents, at the same addresses; shapes are equal."""
+        for name, tensor in vars(self).items():
+            tensor.copy_(getattr(other, name))
 
     def check(self, function: str, like: Tensor) -> None:
         """Raises ValueError where the tensors don't fit each other or the device."""
@@ -92,6 +98,11 @@ class BalancedTable:
             check_tensor(
                 function, f"table.{name}", getattr(self, name), shape=shape, dtypes=(torch.int32,), like=like, contiguous=True
             )
+
+
+def most_replicas(experts: np.ndarray) -> int:
+    """experts int64 [R] of slots -> a power of two that holds the replicas of any of them."""
+    return 1 << (int(np.bincount(experts).max(initial=1)) - 1).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,25 +130,33 @@ def count_choices_reference(topk_ids: Tensor, num_experts: int) -> ChoiceCounts:
     return ChoiceCounts(total=counts.scatter_add_(0, flat, torch.ones_like(flat))[1:])
 
 
-def choose_balanced(topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int) -> Tensor:
+def choose_balanced(
+    topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int, by_activated: bool = False
+) -> Tensor:
     """topk_ids int64 [T, K], -1 = none -> slots int64 [T, K]; -1 stays -1.
 
     `own`: what `count_choices` gave for these ids. counts int64 [num_ranks, E]: that of all ranks, this one's in row `rank`; their
-    sum is below 2**31. One kernel on a device, which waits for nothing. Raises ValueError.
+    sum is below 2**31. by_activated: an expert counts once, however many tokens it has. One kernel on a device, which waits for
+    nothing. Raises ValueError.
     """
     if uses_triton(topk_ids):
         from moesaic.kernels.triton import balanced_choice as device
 
-        return device.choose_balanced(topk_ids.contiguous(), own, counts, table, rank=rank)
-    return choose_balanced_reference(topk_ids, own, counts, table, rank=rank)
+        return device.choose_balanced(topk_ids.contiguous(), own, counts, table, rank=rank, by_activated=by_activated)
+    return choose_balanced_reference(topk_ids, own, counts, table, rank=rank, by_activated=by_activated)
 
 
-def choose_balanced_reference(topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int) -> Tensor:
+def choose_balanced_reference(
+    topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int, by_activated: bool = False
+) -> Tensor:
     """The same in Python; brings everything to the CPU."""
     check_choice(topk_ids, own, counts, table, rank)
     all_counts = counts.cpu()
-    shares = balanced_shares(all_counts.sum(0), table)
-    ends, slots = np.cumsum(np.array(shares), axis=1), table.shared_slots.cpu().numpy()
+    totals = all_counts.sum(0)
+    shares = np.array(balanced_shares(totals.gt(0).long() if by_activated else totals, table))
+    if by_activated:
+        shares *= totals.numpy()[table.shared_experts.cpu().numpy(), None]
+    ends, slots = np.cumsum(shares, axis=1), table.shared_slots.cpu().numpy()
     index, first = table.shared_index.tolist(), table.first_slots.tolist()
     seen = all_counts[:rank].sum(0).tolist()
     chosen = []

@@ -14,8 +14,6 @@ from moesaic.launch.topology import Topology
 
 CAPTURABLE_BACKENDS = frozenset({"deepep", "deepep_v2", "symm"})
 """Whose low-latency mode never waits for a number on the CPU."""
-WAITING_CHOICES = frozenset({"balanced", "activated"})
-"""Replica choices that are made on the CPU, batch by batch (eplb/replica_choice.py)."""
 
 
 def choose_graphs(
@@ -51,8 +49,6 @@ def _obstacle(config: ServerConfig, device: DeviceName, mode: DispatchMode) -> t
         return "normal dispatch waits for counts on the CPU", config.disaggregation_mode != "prefill"
     if config.moe_a2a_backend not in CAPTURABLE_BACKENDS:
         return f"--moe-a2a-backend {config.moe_a2a_backend} waits on the CPU", True
-    if config.ep_dispatch_algorithm in WAITING_CHOICES:
-        return f"--ep-dispatch-algorithm {config.ep_dispatch_algorithm} chooses on the CPU", True
     return None
 
 

@@ -201,6 +201,7 @@ def _balanced_kernel(
     SHARED: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
+    ACTIVATED: tl.constexpr,
 ) -> None:
     chunk = tl.program_id(0).to(tl.int64)
     totals = scratch + chunk * (EXPERTS + SHARED * MOST)
@@ -213,6 +214,8 @@ def _balanced_kernel(
         own = tl.load(counts + source * num_experts + experts[None, :], mask=inside, other=0).to(tl.int32)
         total += tl.sum(own, axis=0)
         before += tl.sum(tl.where(source < rank, own, 0), axis=0)
+    if ACTIVATED:
+        total = (total > 0).to(tl.int32)
     tl.store(totals + experts, total)
     tl.debug_barrier()
     shares = _shares(
@@ -243,6 +246,8 @@ def _balanced_kernel(
     earlier = (ids[:, None] == others[None, :]) & (lane[None, :] < lane[:, None])
     turn = tl.load(before_chunk + chunk * num_experts + ids, mask=known, other=0) + tl.sum(earlier.to(tl.int32), axis=1)
     turn += tl.load(totals + ids, mask=known, other=0)
+    if ACTIVATED:
+        turn = tl.zeros_like(turn)  # whoever comes, the expert's one share has room
     shared = tl.load(shared_index + ids, mask=known, other=-1)
     inside = (shared >= 0)[:, None] & (choices < most)[None, :]
     passed = tl.load(ends + shared[:, None] * MOST + choices[None, :], mask=inside, other=2147483647) <= turn[:, None]
@@ -263,7 +268,9 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> ChoiceCounts:
     return ChoiceCounts(total=total, before=before)
 
 
-def choose_balanced(topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int) -> Tensor:
+def choose_balanced(
+    topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: BalancedTable, *, rank: int, by_activated: bool = False
+) -> Tensor:
     """As `kernels.balanced_choice.choose_balanced`."""
     check_choice(topk_ids, own, counts, table, rank)
     num_ranks, num_experts = counts.shape
@@ -303,6 +310,7 @@ def choose_balanced(topk_ids: Tensor, own: ChoiceCounts, counts: Tensor, table: 
         GPUS=power_of_two(num_gpus),
         FIXED=power_of_two(num_fixed),
         CHUNK=CHUNK,
+        ACTIVATED=by_activated,
         num_warps=1,
     )
     return chosen

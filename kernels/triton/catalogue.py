@@ -106,11 +106,11 @@ def _routing() -> dict[str, Callable[[], object]]:
 
 
 def _balancing() -> dict[str, Callable[[], object]]:
-    """256 experts with 32 redundant slots, over 32 and 72 GPUs."""
+    """256 experts with 32 redundant slots, over 32 and 72 GPUs, with the tables of moe/balanced_choice.py."""
     ids, counts = _meta(TOKENS, TOPK, dtype=I64), _meta(EXPERTS, dtype=I64)
     own = ChoiceCounts(total=counts, before=_meta(TOKENS * TOPK // balanced_choice.CHUNK, EXPERTS, dtype=torch.int32))
     found: dict[str, Callable[[], object]] = {"count_choices": lambda: balanced_choice.count_choices(ids, EXPERTS)}
-    for gpus, most in ((32, 2), (72, 4)):
+    for gpus, most, by_activated in ((32, 8, False), (72, 8, False), (72, 8, True)):
         shapes = ((gpus, (EXPERTS + 32) // gpus), (32,), (32, most), (32, most), (EXPERTS,), (EXPERTS,))
         fixed, shared, shared_gpus, shared_slots, index, first = (_meta(*shape, dtype=torch.int32) for shape in shapes)
         table = BalancedTable(
@@ -122,7 +122,9 @@ def _balancing() -> dict[str, Callable[[], object]]:
             first_slots=first,
         )
         everyones = _meta(gpus, EXPERTS, dtype=I64)
-        found[f"choose_balanced {gpus}"] = partial(balanced_choice.choose_balanced, ids, own, everyones, table, rank=0)
+        name = f"choose_{'activated' if by_activated else 'balanced'} {gpus}"
+        call = partial(balanced_choice.choose_balanced, ids, own, everyones, table, rank=0, by_activated=by_activated)
+        found[name] = call
     return found
 
 

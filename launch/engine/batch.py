@@ -1,4 +1,4 @@
-"""A plan as tensors: the rows of one forward, decode rows first, then the chunks one after the other."""
+"""A plan as tensors on the CPU: the rows of one forward, decode rows first, then the chunks one after the other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.launch.engine.plan import Plan
 from moesaic.launch.engine.sequence import Int64Array, SequenceTable
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Batch:
     num_sampled: int
 
 
-def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.device, *, one_bucket: bool = False) -> Batch:
+def build_batch(plan: Plan, table: SequenceTable, page_size: int, *, one_bucket: bool = False) -> Batch:
     """Rows, positions and KV slots of a plan that is not launched yet. Works on arrays; only chunks are visited one by one.
 
     one_bucket: the decode rows are to stay together, in their order.
@@ -53,7 +55,7 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
                 start=start,
                 length=chunk.length,
                 prefix_len=chunk.start,
-                pages=torch.from_numpy(row[:last_page]).to(device),
+                pages=torch.from_numpy(row[:last_page]),
             )
         )
         if chunk.completes:
@@ -63,18 +65,18 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
         start += chunk.length
     sampled_rows = np.concatenate(sampled)
     return Batch(
-        input_ids=_tensor(ids, device),
+        input_ids=_tensor(ids),
         metadata=AttentionMetadata(
-            positions=_tensor(positions, device),
-            slots=_tensor(kv_slots, device),
+            positions=_tensor(positions),
+            slots=_tensor(kv_slots),
             num_decode=len(slots),
-            buckets=decode_buckets(table.pages[slots], seq_lens, page_size, device, one=one_bucket),
+            buckets=decode_buckets(table.pages[slots], seq_lens, page_size, CPU, one=one_bucket),
             extends=tuple(extends),
         ),
-        logit_rows=_tensor([sampled_rows, *prompt_rows], device),
+        logit_rows=_tensor([sampled_rows, *prompt_rows]),
         num_sampled=len(sampled_rows),
     )
 
 
-def _tensor(parts: list[Int64Array], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+def _tensor(parts: list[Int64Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))

@@ -234,8 +234,8 @@ class RankEngine:
 
     def _job(self, plan: Plan, step: Step) -> tuple[Launch, StepJob]:
         """Launch the plan in the scheduler, and say what the worker has to do for it."""
-        table, device = self.scheduler.table, self._device
-        batch = build_batch(plan, table, self.runner.config.page_size, device, one_bucket=step.graph is not None)
+        table = self.scheduler.table
+        batch = build_batch(plan, table, self.runner.config.page_size, one_bucket=step.graph is not None)
         inputs = ForwardInput(
             input_ids=batch.input_ids,
             metadata=batch.metadata,
@@ -243,7 +243,7 @@ class RankEngine:
             logit_rows=batch.logit_rows,
             num_logits_per_dp_rank=step.num_logits,
         )
-        prompt_logprobs = wanted_of_prompts(plan, device)
+        prompt_logprobs = wanted_of_prompts(plan)
         launch = self.scheduler.launch(plan)
         known_slots, known_tokens = self.scheduler.take_known_tokens()
         mode: ForwardMode = "prefill" if step.extends else "decode"
@@ -254,20 +254,20 @@ class RankEngine:
             inputs=inputs,
             split=self._split(inputs, step),
             graph=step.graph,
-            decode_slots=torch.from_numpy(plan.decode_slots).to(device),
-            sampled_slots=torch.from_numpy(launch.slots).to(device),
-            known_slots=torch.from_numpy(known_slots).to(device),
-            known_tokens=torch.from_numpy(known_tokens).to(device),
-            sampling=sampling_rows(launch.slots, launch.positions, table, device),
+            decode_slots=torch.from_numpy(plan.decode_slots),
+            sampled_slots=torch.from_numpy(launch.slots),
+            known_slots=torch.from_numpy(known_slots),
+            known_tokens=torch.from_numpy(known_tokens),
+            sampling=sampling_rows(launch.slots, launch.positions, table),
             sampled_logprobs=wanted_of_sampled(launch.slots, table),
             prompt_logprobs=prompt_logprobs,
-            spoiled_pages=self._pipeline.take_spoiled_pages(device),
+            spoiled_pages=self._pipeline.take_spoiled_pages(),
             restoration=self.scheduler.take_restoration(),
             observer=self._observer(mode),
             recording=self._recording,
             timeline=self._profiling.launch_step(),
         )
-        return launch, job
+        return launch, job.on_device(self._device)
 
     def _split(self, inputs: ForwardInput, step: Step) -> ForwardSplit | None:
         """The two micro-batches that all ranks voted for."""

@@ -68,6 +68,7 @@ class GraphedForwards:
         """Collective. Called with blank rows only, so no expert gets a token. `on_graph`: with the number of graphs captured."""
         for step in self._plan.steps():
             for width in reversed(self._plan.widths):
+                self._inputs.blank(step.num_rows, width)
                 self._replays[step, width] = self._backend.capture(self._forward(step, width, None))
                 self._rows_kept[step] = self._chosen.num_rows
                 on_graph(len(self._replays))
@@ -77,6 +78,7 @@ class GraphedForwards:
     ) -> Tensor:
         """Logits fp32 [step.num_rows, V], the step's own rows first; they are overwritten by the next run. Collective.
 
+        `inputs` are on the CPU, but for their ids, which may be on the device.
         With a recorder the same forward runs operation by operation, beside ranks that may replay it.
         """
         width = self._plan.width(max((bucket.page_table.shape[1] for bucket in inputs.metadata.buckets), default=1))

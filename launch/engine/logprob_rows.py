@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.messages import TokenLogprobs
 from moesaic.launch.engine.plan import Chunk, Plan
 from moesaic.launch.engine.sampler import token_logprobs
@@ -46,7 +47,7 @@ class SampledLogprobs:
 
     def compute(self, logits: Tensor, tokens: Tensor) -> RowLogprobs:
         """logits [S, V] and tokens int64 [S] of all sampled rows."""
-        rows = list(self.rows)
+        rows = to_device(torch.tensor(self.rows), logits.device)
         return _compute(logits[rows], tokens[rows], self.tops)
 
 
@@ -73,8 +74,8 @@ def wanted_of_sampled(slots: Int64Array, table: SequenceTable) -> SampledLogprob
     return SampledLogprobs(rows=tuple(rows), tops=tops)
 
 
-def wanted_of_prompts(plan: Plan, device: torch.device) -> tuple[PromptLogprobs, ...]:
-    """Those of every chunk that has any, in the order of the plan."""
+def wanted_of_prompts(plan: Plan) -> tuple[PromptLogprobs, ...]:
+    """Those of every chunk that has any, in the order of the plan; on the CPU."""
     wanted = []
     row = plan.num_sampled
     for chunk in plan.chunks:
@@ -82,7 +83,7 @@ def wanted_of_prompts(plan: Plan, device: torch.device) -> tuple[PromptLogprobs,
         if len(positions):
             tokens = torch.from_numpy(chunk.sequence.tokens[positions.start + 1 : positions.stop + 1].astype(np.int64))
             tops = (chunk.sequence.request.top_logprobs_num,) * len(positions)
-            wanted.append(PromptLogprobs(chunk=chunk, first_row=row, tokens=tokens.to(device), tops=tops))
+            wanted.append(PromptLogprobs(chunk=chunk, first_row=row, tokens=tokens, tops=tops))
         row += len(positions)
     return tuple(wanted)
 

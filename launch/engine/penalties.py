@@ -72,21 +72,20 @@ class Penalties:
         presence: Sequence[float],
         repetition: Sequence[float],
         histories: Sequence[tuple[int, TokenHistory]],
-        device: torch.device | str = "cpu",
     ) -> Penalties:
-        """From one value per row (neutral where a row has no penalties) and (row, history) of those that have."""
+        """From one value per row (neutral where a row has no penalties) and (row, history) of those that have. On the CPU."""
         rows = np.array([row for row, _ in histories], dtype=np.int64)
         sizes = np.array([len(history.token_ids) for _, history in histories], dtype=np.int64)
         token_ids = np.concatenate([np.empty(0, dtype=np.int64), *(history.token_ids for _, history in histories)])
         counts = np.concatenate([np.empty(0, dtype=np.float32), *(history.output_counts for _, history in histories)])
-        values = torch.tensor([frequency, presence, repetition], dtype=torch.float32).to(device)
+        values = torch.tensor([frequency, presence, repetition], dtype=torch.float32)
         return cls(
             frequency=values[0],
             presence=values[1],
             repetition=values[2],
-            rows=torch.from_numpy(np.repeat(rows, sizes)).to(device),
-            token_ids=torch.from_numpy(token_ids).to(device),
-            output_counts=torch.from_numpy(counts).to(device),
+            rows=torch.from_numpy(np.repeat(rows, sizes)),
+            token_ids=torch.from_numpy(token_ids),
+            output_counts=torch.from_numpy(counts),
         )
 
     def apply_(self, logits: Tensor) -> None:

@@ -59,17 +59,17 @@ class Pipeline:
         """No more steps."""
         self._worker.close()
 
-    def take_spoiled_pages(self, device: torch.device) -> Tensor:
-        """Pages freed since the last call whose KV the next step must clear before anyone gets them, int64 [P]."""
+    def take_spoiled_pages(self) -> Tensor:
+        """Pages freed since the last call whose KV the next step must clear before anyone gets them, int64 [P] on the CPU."""
         pages = np.concatenate(self._spoiled) if self._spoiled else np.empty(0, dtype=np.int32)
         self._spoiled.clear()
-        return torch.from_numpy(pages.astype(np.int64)).to(device)
+        return torch.from_numpy(pages.astype(np.int64))
 
     def clear_spoiled_pages(self, device: torch.device) -> None:
         """Clear them now, since others than steps may write to pages. Waits for what is under way, if there are any."""
         if self._spoiled:
             self.collect()
-            self._runner.clear(self.take_spoiled_pages(device))
+            self._runner.clear(self.take_spoiled_pages().to(device))
 
     def _bring_in(self, step: _UnderWay) -> None:
         self._activity.wait_for_forward()

@@ -7,13 +7,12 @@ Penalties count tokens, so they are made up when the rows are sampled, in the or
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moesaic.kernels.sampling import MIN_TEMPERATURE
+from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.messages import SamplingParams
 from moesaic.launch.engine.penalties import Penalties, TokenHistory
 from moesaic.launch.engine.sampler import SamplingBatch
@@ -52,9 +51,8 @@ class SamplingRows:
             presence=presence,
             repetition=repetition,
             histories=[(each.row, each.history) for each in self.penalised],
-            device=device,
         )
-        return replace(self.batch, penalties=penalties)
+        return replace(self.batch, penalties=to_device(penalties, device))
 
     def record(self, tokens: Int64Array) -> None:
         """Count the tokens int64 [S] that were sampled."""
@@ -62,8 +60,8 @@ class SamplingRows:
             each.history.append(int(tokens[each.row]))
 
 
-def sampling_rows(slots: Int64Array, positions: Int64Array, table: SequenceTable, device: torch.device) -> SamplingRows:
-    """Parameters of the rows of `slots`, whose tokens get these positions, int64 [S] each.
+def sampling_rows(slots: Int64Array, positions: Int64Array, table: SequenceTable) -> SamplingRows:
+    """Parameters of the rows of `slots`, whose tokens get these positions, int64 [S] each; on the CPU.
 
     Only sequences with penalties or a pending minimum length cost Python time.
     """
@@ -76,21 +74,18 @@ def sampling_rows(slots: Int64Array, positions: Int64Array, table: SequenceTable
     top_p, min_p = table.top_p[slots], table.min_p[slots]
     nucleus = random & ((top_p < 1) | (top_k > 0))
 
-    def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     batch = SamplingBatch(
-        temperature=tensor(temperature),
-        top_p=tensor(top_p),
-        min_p=tensor(min_p),
-        top_k=tensor(top_k),
-        seed=tensor(table.seed[slots]),
-        position=tensor(positions),
-        plain_rows=tensor(np.flatnonzero(random & ~nucleus)),
-        nucleus_rows=tensor(np.flatnonzero(nucleus)),
+        temperature=torch.from_numpy(temperature),
+        top_p=torch.from_numpy(top_p),
+        min_p=torch.from_numpy(min_p),
+        top_k=torch.from_numpy(top_k),
+        seed=torch.from_numpy(table.seed[slots]),
+        position=torch.from_numpy(positions),
+        plain_rows=torch.from_numpy(np.flatnonzero(random & ~nucleus)),
+        nucleus_rows=torch.from_numpy(np.flatnonzero(nucleus)),
         all_greedy=not random.any(),
         needs_min_p=bool((min_p[random] > 0).any()),
-        banned=_banned([(int(row), table.sequence(int(slots[row]))) for row in short], device),
+        banned=_banned([(int(row), table.sequence(int(slots[row]))) for row in short]),
     )
     return SamplingRows(batch=batch, penalised=penalised)
 
@@ -104,10 +99,10 @@ def _penalised(slots: Int64Array, table: SequenceTable) -> tuple[PenalisedRow, .
     return tuple(rows)
 
 
-def _banned(short: list[tuple[int, Sequence]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _banned(short: list[tuple[int, Sequence]]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(rows, token ids) of the stop ids that sequences below their minimum length must not choose yet."""
     pairs = [(row, token) for row, sequence in short for token in sequence.request.sampling.stop_token_ids]
     if not pairs:
         return None
-    rows, tokens = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
+    rows, tokens = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     return rows, tokens

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
+from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
 from moesaic.launch.engine.graph_plan import GraphStep
 from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, SampledLogprobs
@@ -62,6 +63,13 @@ class StepJob:
     observer: LoadObserver | None
     recording: LoadRecording
     timeline: Timeline | None
+
+    def on_device(self, device: torch.device) -> StepJob:
+        """The job made on the CPU -> the same with its tensors on the device, in one copy that nobody waits for.
+
+        Of a step that replays a graph the rows stay: they go from the CPU to the graph's own addresses (graph_inputs.py).
+        """
+        return to_device(self, device, leave=None if self.graph is None else self.inputs.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

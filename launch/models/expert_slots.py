@@ -16,7 +16,7 @@ from moesaic.eplb.replica_choice import ReplicaChoice, make_replica_choice
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.parallel import ParallelContext
-from moesaic.moe.balanced_choice import DeviceBalancedChoice
+from moesaic.moe.balanced_choice import DeviceBatchChoice
 from moesaic.moe.communication import Communications
 
 BATCH_ALGORITHMS = ("balanced", "activated")
@@ -51,11 +51,14 @@ def choose_replicas(
         return None
     source = _TokenSource.of(parallel)
     algorithm = options.replica_choice
+
+    def gather_counts(counts: Tensor) -> Tensor:
+        return source.gather(counts, communications)
+
+    if algorithm in BATCH_ALGORITHMS and torch.device(device).type == "cuda":
+        by_activated = algorithm == "activated"
+        return DeviceBatchChoice(location, rank=source.index, gather_counts=gather_counts, device=device, by_activated=by_activated)
     weights = None
-    if algorithm == "balanced" and torch.device(device).type == "cuda":
-        return DeviceBalancedChoice(
-            location, rank=source.index, gather_counts=lambda counts: source.gather(counts, communications), device=device
-        )
     if algorithm == "probability":
         weights = planned_weights(location, np.ones((location.num_layers, location.num_experts)))
     return make_replica_choice(
@@ -65,7 +68,7 @@ def choose_replicas(
         seed=options.seed,
         device=torch.device(device),
         weights=weights,
-        gather_counts=lambda counts: source.gather(counts, communications),
+        gather_counts=gather_counts,
     )
 
 

@@ -38,10 +38,13 @@ def _batch(num_ranks: int, num_experts: int, tokens: int, topk: int, seed: int) 
     return [torch.from_numpy(np.where(generator.random(ids.shape) < 0.1, -1, ids)) for ids in choices]
 
 
-def _by_eplb(slots: np.ndarray, num_experts: int, num_gpus: int, batch: list[Tensor], rank: int) -> Tensor:
+def _by_eplb(
+    slots: np.ndarray, num_experts: int, num_gpus: int, batch: list[Tensor], rank: int, *, by_activated: bool = False
+) -> Tensor:
     counts = torch.stack([front.count_choices_reference(ids, num_experts).total for ids in batch])
     location = ExpertLocation(physical_to_logical=slots[None], num_experts=num_experts, ep_size=num_gpus)
-    return BatchChoice(location, rank=rank, gather_counts=lambda own: counts).select(0, batch[rank])
+    choice = BatchChoice(location, rank=rank, gather_counts=lambda own: counts, by_activated=by_activated)
+    return choice.select(0, batch[rank])
 
 
 def _table(slots: np.ndarray, num_experts: int, num_gpus: int, device: str = "cpu") -> front.BalancedTable:
@@ -56,24 +59,26 @@ def _table(slots: np.ndarray, num_experts: int, num_gpus: int, device: str = "cp
     ranks=st.integers(1, 4),
     tokens=st.integers(0, 30),
     seed=SEEDS,
+    by_activated=st.booleans(),
     data=st.data(),
 )
 def test_every_choice_goes_where_eplb_sends_it(
-    *, device: str, gpus: int, per_gpu: int, ranks: int, tokens: int, seed: int, data: st.DataObject
+    *, device: str, gpus: int, per_gpu: int, ranks: int, tokens: int, seed: int, by_activated: bool, data: st.DataObject
 ) -> None:
     redundant = data.draw(st.integers(0, gpus * per_gpu - 1))
     num_experts = gpus * per_gpu - redundant
     slots = _slots(num_experts, gpus, redundant, seed)
     batch, rank = _batch(ranks, num_experts, tokens, 3, seed), seed % ranks
-    expected = _by_eplb(slots, num_experts, gpus, batch, rank)
+    expected = _by_eplb(slots, num_experts, gpus, batch, rank, by_activated=by_activated)
     counts = torch.stack([front.count_choices_reference(ids, num_experts).total for ids in batch])
     own = front.count_choices_reference(batch[rank], num_experts)
-    assert torch.equal(front.choose_balanced(batch[rank], own, counts, _table(slots, num_experts, gpus), rank=rank), expected)
+    how: dict[str, Any] = {"rank": rank, "by_activated": by_activated}
+    assert torch.equal(front.choose_balanced(batch[rank], own, counts, _table(slots, num_experts, gpus), **how), expected)
 
     ids, table = batch[rank].to(device), _table(slots, num_experts, gpus, device)
     counted = device_choice.count_choices(ids, num_experts)
     assert torch.equal(counted.total.cpu(), own.total)
-    got = twice(lambda: device_choice.choose_balanced(ids, counted, counts.to(device), table, rank=rank))
+    got = twice(lambda: device_choice.choose_balanced(ids, counted, counts.to(device), table, **how))
     assert torch.equal(got.cpu(), expected)
 
 
@@ -107,8 +112,8 @@ def _choose(**changes: Any) -> Tensor:
         (lambda: _table(np.array([0, 1, 1, 3]), 3, 2), "wanted each of 0 to 2 at least once"),
         (lambda: _table(np.array([0, 1, 2]), 3, 2), "slots has 3 elements, wanted a multiple of the 2 GPUs"),
         (
-            lambda: front.BalancedTable.of(torch.tensor([0, 0, 0, 1]), num_experts=2, num_gpus=4, most_gpus=2),
-            "the number of GPUs of expert 0 is 3, wanted 2 to 2",
+            lambda: front.BalancedTable.of(torch.tensor([0, 0, 0, 1]), num_experts=2, num_gpus=4, most_gpus=1),
+            "most_gpus is 1, wanted 2 or more",
         ),
     ],
 )

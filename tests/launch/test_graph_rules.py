@@ -38,6 +38,7 @@ def test_deepeps_decode_steps_are_captured_up_to_the_dispatch_cap() -> None:
     assert choice.chosen == f"decode steps of 1 to 128 ({len(rows)} sizes) requests per DP rank"
     assert _choose(cuda_graph_max_bs=12)[0] == (1, 2, 4, 8, 12)
     assert _choose(cuda_graph_bs=(4, 1))[0] == (1, 4)
+    assert _choose(ep_dispatch_algorithm="balanced")[0] == rows, "replicas are chosen on the device, whatever the algorithm"
     with pytest.raises(ConfigError, match=r"--cuda-graph-bs 200: a DP rank decodes 1 to 128 requests"):
         _choose(cuda_graph_bs=(200,))
 
@@ -50,7 +51,6 @@ def test_deepeps_decode_steps_are_captured_up_to_the_dispatch_cap() -> None:
         ({"backend": "torch"}, "--moe-a2a-backend torch waits on the CPU", True),
         ({"deepep_mode": "normal"}, "normal dispatch waits for counts on the CPU", True),
         ({"deepep_mode": "normal", "disaggregation_mode": "prefill"}, "normal dispatch waits for counts on the CPU", False),
-        ({"ep_dispatch_algorithm": "activated"}, "--ep-dispatch-algorithm activated chooses on the CPU", True),
     ],
     ids=str,
 )

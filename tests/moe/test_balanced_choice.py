@@ -1,14 +1,21 @@
-"""The balanced replica choice that stays on the tokens' device chooses as eplb's, before and after a layer's experts have moved."""
+"""The replica choices that stay on the tokens' device choose as eplb's, before and after a layer's experts have moved."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from moesaic.eplb.location import BadLocation, ExpertLocation
 from moesaic.eplb.replica_choice import BatchChoice
-from moesaic.moe.balanced_choice import DeviceBalancedChoice
+from moesaic.kernels import balanced_choice as kernel
+from moesaic.moe import balanced_choice
+from moesaic.moe.balanced_choice import DeviceBatchChoice
 
 RANKS, LAYERS, EXPERTS, SLOTS = 4, 2, 10, 16
 
@@ -18,7 +25,8 @@ def _slots(seed: int) -> np.ndarray:
     return generator.permutation(np.concatenate([np.arange(EXPERTS), generator.integers(0, EXPERTS, SLOTS - EXPERTS)]))
 
 
-def test_it_chooses_as_eplb_does_also_after_experts_have_moved() -> None:
+@pytest.mark.parametrize("by_activated", [False, True], ids=["balanced", "activated"])
+def test_it_chooses_as_eplb_does_also_after_experts_have_moved(*, by_activated: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     location = ExpertLocation(
         physical_to_logical=np.stack([_slots(layer) for layer in range(LAYERS)]), num_experts=EXPERTS, ep_size=RANKS
@@ -27,8 +35,9 @@ def test_it_chooses_as_eplb_does_also_after_experts_have_moved() -> None:
     batch = [torch.where(ids > 5, 3, ids) for ids in batch]  # expert 3 is much in demand
     counts = torch.stack([(ids.flatten() + 1).bincount(minlength=EXPERTS + 1)[1:] for ids in batch])
     for rank, ids in enumerate(batch):
-        choice = DeviceBalancedChoice(location, rank=rank, gather_counts=lambda own: counts, device="cpu")
-        known = BatchChoice(location, rank=rank, gather_counts=lambda own: counts)
+        options: dict[str, Any] = {"rank": rank, "gather_counts": lambda own: counts, "by_activated": by_activated}
+        choice = DeviceBatchChoice(location, device="cpu", **options)
+        known = BatchChoice(location, **options)
         for _ in range(2):
             for layer in range(LAYERS):
                 assert torch.equal(choice.select(layer, ids), known.select(layer, ids))
@@ -36,9 +45,43 @@ def test_it_chooses_as_eplb_does_also_after_experts_have_moved() -> None:
                 one.set_layer(1, _slots(17))
 
 
+def test_what_a_graph_has_captured_sees_where_experts_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay runs the same kernels on the same addresses, whatever happened in Python since."""
+    location = ExpertLocation(physical_to_logical=_slots(0)[None], num_experts=EXPERTS, ep_size=RANKS)
+    ids = torch.randint(-1, EXPERTS, (20, 3), generator=torch.Generator().manual_seed(4))
+    calls: list[Callable[[], Tensor]] = []
+
+    def capture(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(partial(kernel.choose_balanced, *arguments, **options))
+        return calls[-1]()
+
+    monkeypatch.setattr(balanced_choice, "choose_balanced", capture)
+    choice = DeviceBatchChoice(location, rank=0, gather_counts=lambda own: own[None], device="cpu")
+    before = choice.select(0, ids)
+    replay = calls[-1]
+
+    choice.set_layer(0, _slots(17))
+
+    assert torch.equal(replay(), choice.select(0, ids))
+    assert not torch.equal(replay(), before)
+
+
+def test_more_replicas_than_a_table_holds_are_used_in_part_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Twelve GPUs: at the start expert 0 is on two of them, then on twelve; the tables hold eight."""
+    spread = np.arange(24) % 12
+    location = ExpertLocation(physical_to_logical=spread[None], num_experts=12, ep_size=12)
+    choice = DeviceBatchChoice(location, rank=0, gather_counts=lambda own: own[None], device="cpu")
+
+    choice.set_layer(0, np.stack([np.zeros(12, dtype=np.int64), np.arange(12)]).T.flatten().copy())
+
+    slots = choice.select(0, torch.zeros(40, 1, dtype=torch.int64))
+    assert sorted(slots.flatten().bincount(minlength=24).tolist(), reverse=True) == [5] * 8 + [0] * 16
+    assert "expert 0 of sparse layer 0 has 13 replicas; tokens are sent to those on 8 GPUs" in caplog.text
+
+
 def test_a_map_that_cannot_be_is_refused_by_its_layer() -> None:
     location = ExpertLocation(physical_to_logical=_slots(0)[None], num_experts=EXPERTS, ep_size=RANKS)
-    choice = DeviceBalancedChoice(location, rank=0, gather_counts=lambda own: own[None], device="cpu")
+    choice = DeviceBatchChoice(location, rank=0, gather_counts=lambda own: own[None], device="cpu")
     with pytest.raises(BadLocation, match="sparse layer 0 has 16 slots, got a map of shape"):
         choice.set_layer(0, np.arange(10))
     with pytest.raises(BadLocation, match=r"sparse layer 0: .* wanted each of 0 to 9 at least once"):

@@ -61,7 +61,7 @@ def _step(engine: RankEngine, dp_rank: int, last_tokens: Tensor, seen: list[Spli
     step = resolve_step(engine._exchange.exchange(header), rules)
     if step.idle:
         return not step.quiet
-    batch = build_batch(plan, engine.scheduler.table, engine.runner.config.page_size, torch.device("cpu"))
+    batch = build_batch(plan, engine.scheduler.table, engine.runner.config.page_size)
     batch.input_ids[: plan.num_decode] = last_tokens[torch.from_numpy(plan.decode_slots)]
     inputs = ForwardInput(
         input_ids=batch.input_ids,

@@ -10,6 +10,7 @@ from engine_jobs import EngineSettings
 from tiny_models import TinyModel
 
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
+from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.graph_plan import GraphPlan, GraphStep
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.synthetic_batch import PoolShape, decode_batch
@@ -32,7 +33,7 @@ def test_replays_equal_the_forward_itself(tiny: Callable[..., TinyModel]) -> Non
     runner.capture_graphs(GraphPlan(rows=(4, 8), widths=(4,), split_from=None), CudaGraphs(), lambda done, total: None)
     pool = PoolShape(num_pages=settings.num_pages, page_size=settings.page_size, context_length=256)
     for num_tokens in (8, 3, 4, 8):
-        batch = decode_batch(num_tokens, torch.randint(2, 256, (num_tokens,), device="cuda"), pool)
+        batch = decode_batch(num_tokens, torch.randint(2, 256, (num_tokens,)), pool)
         inputs = ForwardInput(
             input_ids=batch.input_ids,
             metadata=batch.metadata,
@@ -40,7 +41,7 @@ def test_replays_equal_the_forward_itself(tiny: Callable[..., TinyModel]) -> Non
             logit_rows=batch.logit_rows,
             num_logits_per_dp_rank=(num_tokens,),
         )
-        wanted = runner.forward(inputs)
+        wanted = runner.forward(to_device(inputs, torch.device("cuda")))
 
         logits = runner.forward(inputs, graph=GraphStep(num_rows=4 if num_tokens <= 4 else 8, splits=False))
 

@@ -84,7 +84,9 @@ def test_tokens_equal_the_oracles(layout: str, split: int | None, tiny: Callable
     assert results[0][1] >= NUM_TOKENS
 
 
-def test_experts_move_without_a_new_capture(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+@pytest.mark.parametrize("choice", [pytest.param("static", marks=pytest.mark.whole), "balanced"])
+def test_experts_move_without_a_new_capture(choice: str, tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    """With `balanced` also: all ranks' counts are gathered in every layer of a replay, of idle ranks too."""
     model = tiny("plain")
     config = load_model_config(str(model.folder))
     num_experts = config.n_routed_experts
@@ -96,7 +98,7 @@ def test_experts_move_without_a_new_capture(tiny: Callable[..., TinyModel], rank
         mode="low_latency",
         cap=512,
         graph_rows=ROWS,
-        slots=SlotOptions(location=location, movable=True),
+        slots=SlotOptions(location=location, replica_choice=choice, movable=True),
         rebalance=RebalanceSettings(config=RebalanceConfig(num_iterations=2, cost_s_per_gib=1e-9)),
         **LAYOUTS["dp2-ep2"],
     )

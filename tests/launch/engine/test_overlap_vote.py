@@ -131,7 +131,7 @@ def test_a_proposal_counts_the_logits_that_the_first_half_really_has(tiny: Tiny)
         for num_chunks in range(len(plan.chunks) + 1):
             part = Plan(plan.decode_slots, plan.chunks[:num_chunks])
             proposal = propose_split(part, threshold)
-            batch = build_batch(part, engine.scheduler.table, 4, torch.device("cpu"))
+            batch = build_batch(part, engine.scheduler.table, 4)
             assert proposal.first_logits == int((batch.logit_rows < proposal.first_tokens).sum())
             checked.add(proposal.first_tokens)
     assert len(checked) > 3
