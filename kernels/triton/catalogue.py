@@ -168,7 +168,7 @@ def _peers() -> dict[str, Callable[[], object]]:
 
 
 def _products() -> dict[str, Callable[[], object]]:
-    """Gate and up of the routed experts: [4096, 7168]."""
+    """Gate and up of the routed experts, [4096, 7168], and dense: a decode step's first projection, a chunk's dense layer."""
     width, counts = 2 * INTERMEDIATE, _meta(LOCAL_EXPERTS, dtype=I64)
     weight, weight8 = _meta(LOCAL_EXPERTS, width, HIDDEN), _meta(LOCAL_EXPERTS, width, HIDDEN, dtype=FP8)
     turned = _meta(LOCAL_EXPERTS, HIDDEN, width).transpose(1, 2)
@@ -181,6 +181,10 @@ def _products() -> dict[str, Callable[[], object]]:
             grouped_gemm.grouped_gemm_fp8_masked, x8, own, weight8, scales, counts, expected_rows=rows, out_dtype=BF16
         )
         found[f"grouped_gemm_masked {rows}"] = partial(grouped_gemm.grouped_gemm_masked, x, weight, counts, expected_rows=rows)
+    for rows, columns in ((TOKENS // 2, 2112), (MASKED_ROWS, 36864)):
+        blocks = _meta(-(-columns // 128), HIDDEN // 128, dtype=F32)
+        dense = (x8[0, :rows], own[0, :rows], _meta(columns, HIDDEN, dtype=FP8), blocks)
+        found[f"fp8_gemm {rows}"] = partial(grouped_gemm.fp8_gemm, *dense, out_dtype=BF16)
     lists = [MASKED_ROWS] + [0] * (LOCAL_EXPERTS - 1)
     return found | {
         "grouped_gemm_fp8_contiguous": lambda: grouped_gemm.grouped_gemm_fp8_contiguous(
