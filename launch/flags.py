@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from moesaic.kernels.grouped_backends import NAMES
+from moesaic.kernels.grouped_backends import DENSE_NAMES, NAMES
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -120,7 +120,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         _choice(
             "--quantization",
-            "fp8: W8A8 of an FP8 checkpoint; otherwise its weights are dequantised at load",
+            "fp8: W8A8 of an FP8 checkpoint; none: its weights are dequantised at load; auto: fp8 on CUDA, none on a CPU",
             "auto",
             "none",
             "fp8",
@@ -186,6 +186,12 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "what computes the experts; auto: torch on CPU, on CUDA a table's choice by shape among those that are there",
             "auto",
             *NAMES,
+        ),
+        _choice(
+            "--fp8-gemm-backend",
+            "what computes all FP8 products but the routed experts'; auto: on CUDA a table's choice among those there",
+            "auto",
+            *DENSE_NAMES,
         ),
         _choice(
             "--deepep-mode",

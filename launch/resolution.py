@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from moesaic.kernels.grouped_backends import Kind
 from moesaic.kernels.native.build import SWITCH_VARIABLE
 from moesaic.launch.attention_choice import resolve_prefill
 from moesaic.launch.config import DeviceName, DispatchMode, DTypeName, KVDTypeName, ResolvedConfig, ServerConfig
@@ -29,10 +29,11 @@ from moesaic.launch.deepep_rules import (
 from moesaic.launch.disaggregation.roles import role_mode
 from moesaic.launch.dispatch_limits import dispatch_conflicts, tokens_cap_per_dp
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.fp8_choice import resolve_fp8_gemm, resolve_quantization
 from moesaic.launch.graph_rules import choose_graphs
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.layout_rules import layout_conflicts
-from moesaic.launch.model_rules import fp8_expert_conflicts, model_conflicts
+from moesaic.launch.model_rules import model_conflicts
 from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
@@ -42,7 +43,6 @@ from moesaic.launch.topology import ModelShape, Topology
 from moesaic.moe.deepep_config import DeepEPSettings
 
 NOT_BUILT = "not built yet"
-FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
 MAX_RUNNING_REQUESTS_PER_DP = 256
 # Half of the default low-latency cap; the other half is left to prefill.
 LOW_LATENCY_RUNNING_REQUESTS_PER_DP = 64
@@ -69,15 +69,13 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     topology = Topology.from_config(config)
     device, device_choice = _resolve_device(config, topology, hardware)
     dtype, dtype_choice = _resolve_dtype(config, device)
-    quantization, quantization_choice = _resolve_quantization(config, shape, device, dtype)
-    if quantization == "fp8" and device == "cuda":
-        refuse(fp8_expert_conflicts(config, shape))
-    runners, runner_choice = resolve_runners(
-        config, device, "fp8" if quantization == "fp8" and device == "cuda" else dtype, hardware
-    )
+    quantization, quantization_choice = resolve_quantization(config, shape, device, dtype, hardware)
+    kind: Kind = "fp8" if quantization == "fp8" and device == "cuda" else dtype
+    runners, runner_choice = resolve_runners(config, device, kind, dtype, hardware)
+    fp8_gemms, fp8_gemm_choice = resolve_fp8_gemm(config, device, quantization, dtype, hardware)
     kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
     prefill, prefill_choice = resolve_prefill(config, device, hardware)
-    refuse(symm_conflicts(config, device, hardware))
+    refuse(symm_conflicts(config, device, quantization, hardware))
     refuse_missing(config, device, hardware)
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
@@ -94,6 +92,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         prefill_attention_backend=prefill,
         moe_a2a_backend=config.moe_a2a_backend,
         moe_runner_backends=runners,
+        fp8_gemm_backends=fp8_gemms,
         dispatch_mode=mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
         deepep=DeepEPSettings(),
@@ -135,6 +134,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         runner_choice,
         _cpu_kernels_choice(hardware, device),
         quantization_choice,
+        *([] if fp8_gemm_choice is None else [fp8_gemm_choice]),
         prefill_choice,
         kv_choice,
         _prefix_cache_choice(config),
@@ -169,29 +169,6 @@ def _resolve_dtype(config: ServerConfig, device: DeviceName) -> tuple[DTypeName,
         return "bfloat16", Choice(capability="dtype", chosen="bfloat16")
     # Not a downgrade: float32 is the more exact of the two, and the faster one on most CPUs.
     return "float32", Choice(capability="dtype", chosen="float32", refused=(("bfloat16", "slower than float32 on most CPUs"),))
-
-
-def _resolve_quantization(
-    config: ServerConfig, shape: ModelShape, device: DeviceName, dtype: DTypeName
-) -> tuple[Literal["none", "fp8"], Choice]:
-    if config.quantization == "fp8":
-        if not shape.fp8_checkpoint:
-            raise ConfigError(
-                "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
-                "blocks); leave --quantization out, or take an FP8 checkpoint"
-            )
-        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
-        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
-    if not shape.fp8_checkpoint:
-        return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
-    # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
-    return "none", Choice(
-        capability="quantisation",
-        chosen=f"FP8 weights dequantised to {dtype} at load",
-        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
-        downgrade=device == "cuda" and config.quantization == "auto",
-        accept="--quantization none",
-    )
 
 
 def _with_deepep(
