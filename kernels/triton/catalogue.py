@@ -76,17 +76,19 @@ def _quantisation() -> dict[str, Callable[[], object]]:
 
 
 def _rows() -> dict[str, Callable[[], object]]:
-    x, gamma = _meta(TOKENS, HIDDEN), _meta(HIDDEN)
+    x, gamma, queries = _meta(TOKENS, HIDDEN), _meta(HIDDEN), _meta(TOKENS, 2112)[:, :1536]
     gate_up, counts = _meta(TOKENS, 2 * INTERMEDIATE), _meta(LOCAL_EXPERTS, dtype=I64)
     masked, row_expert = _meta(LOCAL_EXPERTS, MASKED_ROWS, 2 * INTERMEDIATE), _meta(TOKENS, dtype=torch.int32)
     return {
         "swiglu": lambda: activation.swiglu(gate_up),
         "swiglu_quantize": lambda: activation.swiglu_quantize(gate_up, row_expert=row_expert, mn_major_scales=True),
+        "swiglu_quantize dense": lambda: activation.swiglu_quantize(_meta(TOKENS, 36864), mn_major_scales=True),
         "swiglu_quantize_masked": lambda: activation.swiglu_quantize_masked(masked, counts, mn_major_scales=True),
         "rms_norm": lambda: norm.rms_norm(x, gamma, 1e-6),
         "rms_norm 512": lambda: norm.rms_norm(_meta(TOKENS, 512), _meta(512), 1e-6),
         "add_rms_norm": lambda: norm.add_rms_norm(x, x, gamma, 1e-6),
         "rms_norm_quantize": lambda: norm.rms_norm_quantize(x, gamma, 1e-6, mn_major_scales=True),
+        "rms_norm_quantize 1536": lambda: norm.rms_norm_quantize(queries, _meta(1536), 1e-6, mn_major_scales=True),
         "add_rms_norm_quantize": lambda: norm.add_rms_norm_quantize(x, x, gamma, 1e-6, mn_major_scales=True),
     }
 
