@@ -23,7 +23,7 @@ def fp8_weight_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Co
         yield _fp8_conflict(f"weights in FP8 want multiples of {FP8_BLOCK}, and hidden_size is {shape.hidden_size}")
     query_rows, parts = shape.num_heads * shape.qk_head_dim, topology.attn_tp_size
     if parts > 1 and query_rows % (parts * FP8_BLOCK):
-        yield _cut_conflict("attention TP cuts num_heads x query head dim", query_rows, parts)
+        yield _cut_conflict("attention TP cuts num_heads x query head dim", query_rows, parts, "a larger --dp-size")
     depths = {
         "q_lora_rank": shape.q_lora_rank or 0,
         "a rank's part of num_heads x v_head_dim": shape.num_heads * shape.v_head_dim // parts,
@@ -126,20 +126,26 @@ def _head_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology)
 def block_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
     """W8A8 scales belong to blocks of 128 channels: a cut inside a block would make layouts disagree."""
     shared_parts = topology.attn_tp_size if config.moe_a2a_backend == "none" else 1
-    cuts = {
-        "attention TP cuts num_heads x v_head_dim": (shape.num_heads * shape.v_head_dim, topology.attn_tp_size),
-        "expert TP cuts moe_intermediate_size": (shape.moe_intermediate_size, topology.moe_tp_size),
-        "dense TP cuts intermediate_size": (shape.intermediate_size, topology.moe_dense_tp_size),
-        "attention TP cuts the shared experts' width": (shape.moe_intermediate_size * shape.num_shared_experts, shared_parts),
-    }
-    for what, (size, parts) in cuts.items():
+    shared = shape.moe_intermediate_size * shape.num_shared_experts
+    cuts = (
+        (
+            "attention TP cuts num_heads x v_head_dim",
+            shape.num_heads * shape.v_head_dim,
+            topology.attn_tp_size,
+            "a larger --dp-size",
+        ),
+        ("expert TP cuts moe_intermediate_size", shape.moe_intermediate_size, topology.moe_tp_size, "a larger --ep-size"),
+        ("dense TP cuts intermediate_size", shape.intermediate_size, topology.moe_dense_tp_size, "--moe-dense-tp-size 1"),
+        ("attention TP cuts the shared experts' width", shared, shared_parts, "an all-to-all backend (--moe-a2a-backend)"),
+    )
+    for what, size, parts, remedy in cuts:
         if parts > 1 and size % (parts * FP8_BLOCK):
-            yield _cut_conflict(what, size, parts)
+            yield _cut_conflict(what, size, parts, remedy)
 
 
-def _cut_conflict(what: str, size: int, parts: int) -> Conflict:
+def _cut_conflict(what: str, size: int, parts: int, remedy: str) -> Conflict:
     return Conflict(
         flags="--quantization fp8",
         reason=f"{what} = {size} into {parts} parts that are no multiples of the FP8 block of {FP8_BLOCK}",
-        remedy="--quantization none, or cut it into fewer parts",
+        remedy=f"--quantization none, or {remedy}",
     )
