@@ -17,7 +17,8 @@ from moesaic.attention.config import MLAConfig
 from moesaic.attention.extend_groups import ExtendGroup
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata
-from moesaic.kernels.gemm import Matrix, linear
+from moesaic.kernels.fp8_rows import normed_rows
+from moesaic.kernels.gemm import Matrix, Rows, is_fp8, linear
 from moesaic.kernels.head_product import head_product
 from moesaic.kernels.latent_write import write_latent
 from moesaic.kernels.mla_prefill import padded_rows
@@ -32,7 +33,8 @@ class MLAWeights:
     `down` maps hidden to (query latent or the full queries, KV latent, rotary key) in one product; `q_up` maps the query latent to
     the rank's queries [N * (nope + rope), q_lora] (None when q_lora_rank is null: `down` holds the queries themselves).
     `kv_up_key` [N, nope, kv_lora] and `kv_up_value` [N, v, kv_lora] are the two halves of kv_b_proj (N and v should run
-    fastest in the memory of kv_up_value: decode reads it with v as columns); `output` [H, N * v].
+    fastest in the memory of kv_up_value: decode reads it with v as columns), never in FP8, as absorbed they meet queries and sums
+    that are not quantised; `output` [H, N * v].
     """
 
     down: Matrix
@@ -53,7 +55,12 @@ class MultiHeadLatentAttention:
         self._layer = layer
         self._rope_table = rope_table
 
-    def prepare(self, hidden: Tensor, metadata: AttentionMetadata, pool: LatentKVPool) -> Tensor:
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether normalised rows had best come in FP8."""
+        return is_fp8(self._weights.down)
+
+    def prepare(self, hidden: Rows, metadata: AttentionMetadata, pool: LatentKVPool) -> Tensor:
         """hidden [T, H] (normalised) -> queries [T, N, nope + rope], rotated; writes the step's latent KV rows into the pool."""
         config, weights = self._config, self._weights
         projected = linear(hidden, weights.down, fp8_activations=config.fp8_activations)
@@ -61,8 +68,8 @@ class MultiHeadLatentAttention:
         query, latent = projected[:, :query_width], projected[:, query_width:]
         if weights.q_up is not None:
             assert weights.q_norm is not None, "a query latent comes with its norm"
-            query = rms_norm(query, weights.q_norm, config.rms_norm_eps)
-            query = linear(query, weights.q_up, fp8_activations=config.fp8_activations)
+            norm = normed_rows if is_fp8(weights.q_up) else rms_norm
+            query = linear(norm(query, weights.q_norm, config.rms_norm_eps), weights.q_up, fp8_activations=config.fp8_activations)
         heads = query.view(-1, config.num_heads, config.qk_head_dim)
         write_latent(
             latent,

@@ -30,10 +30,12 @@ from slice_roofline import H200, Machine
 from slice_run import RankSlice, needed_bytes
 from slice_wire import Wire, make_wire
 
-from moesaic.kernels.grouped_backends import NAMES, Name
+from moesaic.kernels.grouped_backends import DENSE_NAMES, NAMES, Name
 from moesaic.launch.models.config import ModelConfig
 
 DEADLINE_S = 480.0
+Backends = tuple[Name, Name]
+"""Of the experts' products, and of all other FP8 products."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cpu" if options.cpu_tiny else "cuda")
     machine = replace(H200, name="CPU, reduced sizes (floors of a GPU)") if options.cpu_tiny else _measured_machine()
-    runner: Name = "torch" if options.cpu_tiny else options.moe_runner_backend
-    reports = _run_all(config, chosen, machine, device, runner)
+    backends: Backends = ("torch", "torch") if options.cpu_tiny else (options.moe_runner_backend, options.fp8_gemm_backend)
+    reports = _run_all(config, chosen, machine, device, backends)
     write_report(options.output, machine, reports, f"One rank of a wide-EP cluster: {machine.name}, {time.strftime('%Y-%m-%d')}")
     for words in (MEASURED, ASSUMED, DERIVED):
         print(" ".join(words.split()))
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu-tiny", action="store_true", help="reduced sizes on the CPU: shows that all of it runs")
     parser.add_argument(
         "--moe-runner-backend", choices=NAMES, default="triton", help="what computes the experts' products on a GPU (triton)"
+    )
+    parser.add_argument(
+        "--fp8-gemm-backend", choices=DENSE_NAMES, default="triton", help="what computes the other FP8 products on a GPU (triton)"
     )
     parser.add_argument("--output", type=Path, default=Path("rank-slice-report"), help="folder of report.json and report.md")
     return parser
@@ -94,7 +99,9 @@ def _measured_machine() -> Machine:
     )
 
 
-def _run_all(config: ModelConfig, cases: list[Case], machine: Machine, device: torch.device, backend: Name) -> list[dict[str, Any]]:
+def _run_all(
+    config: ModelConfig, cases: list[Case], machine: Machine, device: torch.device, backends: Backends
+) -> list[dict[str, Any]]:
     begun, wire = time.monotonic(), make_wire(device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     runner: RankSlice | None = None
@@ -107,7 +114,7 @@ def _run_all(config: ModelConfig, cases: list[Case], machine: Machine, device: t
         if problem is None:
             if runner is None or layout != (case.ep_size, case.num_slots):
                 runner, layout = None, (case.ep_size, case.num_slots)  # the old weights go before the new ones come
-                runner = _new_slice(config, case, device, wire, backend)
+                runner = _new_slice(config, case, device, wire, backends)
             try:
                 measured = runner.measure(case)
             except (RuntimeError, ValueError, ImportError) as error:
@@ -126,7 +133,7 @@ def refusal(config: ModelConfig, case: Case, memory_bytes: int | None) -> str | 
     return f"not run: it needs {sum(needed.values()) / 1e9:.1f} GB ({parts}), the device has {memory_bytes / 1e9:.1f} GB"
 
 
-def _new_slice(config: ModelConfig, case: Case, device: torch.device, wire: Wire, backend: Name) -> RankSlice:
+def _new_slice(config: ModelConfig, case: Case, device: torch.device, wire: Wire, backends: Backends) -> RankSlice:
     needed = needed_bytes(config, case, 4 if device.type == "cpu" else 2)
     place = case.place(config)
     slots = f"{place.num_local} of {case.num_slots} slots in each layer"
@@ -134,7 +141,7 @@ def _new_slice(config: ModelConfig, case: Case, device: torch.device, wire: Wire
     if device.type == "cuda":
         torch.cuda.empty_cache()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return RankSlice(config, case, device=device, dtype=dtype, wire=wire, runner=backend)
+    return RankSlice(config, case, device=device, dtype=dtype, wire=wire, runner=backends[0], fp8_gemm=backends[1])
 
 
 if __name__ == "__main__":

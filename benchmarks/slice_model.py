@@ -1,8 +1,8 @@
 """One rank's DeepSeek-V3 with dummy weights made where they stay: matrices in FP8 blocks, the engine's own layers around them.
 
 Everything that runs is the library's: embedding, MLA, gate, replica choice, experts' schedule, two-batch orders, head. What differs
-from a served model: weights are random and stay in FP8 everywhere (the engine keeps only the experts' so), and the dispatcher is
-the loopback one. The halves of kv_b_proj, norms, gate, embedding and head are not in FP8, as in published serving systems.
+from a served model: weights are random, and the dispatcher is the loopback one. As in the engine on a GPU, the halves of kv_b_proj,
+norms, gate, embedding and head are not in FP8, and all other matrices are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moesaic.attention.mla import MLAWeights, MultiHeadLatentAttention
 from moesaic.eplb.location import ExpertLocation
 from moesaic.eplb.replica_choice import ReplicaChoice, make_replica_choice
 from moesaic.kernels.gemm import BlockWeight
+from moesaic.kernels.grouped_backends import Name
 from moesaic.kernels.quant import BLOCK, FP8
 from moesaic.kernels.rope import rope_table
 from moesaic.launch.models.config import ModelConfig
@@ -67,14 +68,17 @@ class SliceWeights:
 class WeightMaker:
     """Random weights of `dtype` and in FP8 on `device`; a matrix [.., N, K] has elements of about K ** -0.5.
 
-    `chance`: None for torch's own generator.
+    `chance`: None for torch's own generator. `fp8_gemm` computes with the dense FP8 weights.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, chance: torch.Generator | None) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, chance: torch.Generator | None, *, fp8_gemm: Name
+    ) -> None:
         self._config = config
         self._dtype = dtype
         self._device = device
         self._chance = chance
+        self._fp8_gemm = fp8_gemm
 
     def make(self, *, num_slots: int, max_positions: int) -> SliceWeights:
         """num_slots: routed experts of one layer on this rank."""
@@ -127,7 +131,7 @@ class WeightMaker:
 
     def _blocks(self, rows: int, columns: int) -> BlockWeight:
         values, scales = self._fp8(1, rows, columns)
-        return BlockWeight(values=values[0], scales=scales[0])
+        return BlockWeight(values=values[0], scales=scales[0], backends=(self._fp8_gemm,))
 
     def _fp8(self, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Values [count, rows, columns] of about 1, and equal scales: which values they are takes no time."""

@@ -1,9 +1,10 @@
 """The bytes that one rank's step must move and the operations it must do, operation by operation. Pure: shapes in, numbers out.
 
 Counted are matrix products and attention (2 operations per multiply-add; causal prefill counts the pairs that are seen), weights
-read once, every product's input read and output written once, the KV read and written, and what normal mode moves around the
-experts. Low-latency mode's own bytes belong to the communication. The floor of an operation is the longer of its bytes at the copy
-bandwidth and its operations at the rates of their kinds; the floor of a step is the sum, so no operation hides under another.
+read once, every product's input read (in FP8 by FP8 products) and output written once, the KV read and written, and what normal
+mode moves around the experts. Low-latency mode's own bytes belong to the communication. The floor of an operation is the longer of
+its bytes at the copy bandwidth and its operations at the rates of their kinds; the floor of a step is the sum, so no operation
+hides under another.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def _attention(config: ModelConfig, share: Share) -> Iterator[Work]:
     nope, value = config.qk_nope_head_dim, config.v_head_dim
     query = nope + config.qk_rope_head_dim
     assert config.q_lora_rank is not None, "DeepSeek-V3 has a query latent"
-    yield _moved(share, 8 * config.hidden_size + 2 * width)  # two norms with residuals; the KV write
+    yield _moved(share, 7 * config.hidden_size + 2 * width)  # two norms with residuals, one's result in FP8; the KV write
+    yield Work(num_bytes=share.num_tokens * fp8_row_bytes(config.hidden_size))
     yield _product(share, config.hidden_size, config.q_lora_rank + width, "fp8", 1)
     yield _product(share, config.q_lora_rank, heads * query, "fp8", 1)
     yield _product(share, heads * value, config.hidden_size, "fp8", 1)
@@ -173,7 +175,8 @@ def _head(config: ModelConfig, share: Share) -> Work:
 def _product(share: Share, depth: int, width: int, kind: Kind, weight_bytes: int) -> Work:
     """All tokens times one weight [width, depth]."""
     weights = matrix_bytes(width, depth) if kind == "fp8" else width * depth * weight_bytes
-    moved = share.num_tokens * (depth + width) * share.activation_bytes
+    row = fp8_row_bytes(depth) if kind == "fp8" else depth * share.activation_bytes
+    moved = share.num_tokens * (row + width * share.activation_bytes)
     return Work(num_bytes=weights + moved, flops={kind: 2 * share.num_tokens * depth * width})
 
 
@@ -184,6 +187,11 @@ def _moved(share: Share, elements: int) -> Work:
 
 def _bf16(flops: float, num_bytes: float) -> Work:
     return Work(num_bytes=num_bytes, flops={"bf16": flops})
+
+
+def fp8_row_bytes(width: int) -> int:
+    """A row in FP8 with an fp32 scale per 128 elements."""
+    return width + 4 * -(-width // 128)
 
 
 def matrix_bytes(rows: int, columns: int) -> int:

@@ -72,17 +72,28 @@ def needed_bytes(config: ModelConfig, case: Case, dtype_bytes: int = 2) -> dict[
 
 
 class RankSlice:
-    """The rank of one layout (EP size and slots) on one device; weights are made at once. `runner` computes the experts."""
+    """The rank of one layout (EP size and slots) on one device; weights are made at once.
+
+    `runner` computes the experts, `fp8_gemm` the other FP8 products.
+    """
 
     def __init__(
-        self, config: ModelConfig, first: Case, *, device: torch.device, dtype: torch.dtype, wire: Wire, runner: Name = "torch"
+        self,
+        config: ModelConfig,
+        first: Case,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        wire: Wire,
+        runner: Name = "torch",
+        fp8_gemm: Name = "torch",
     ) -> None:
         self._config = config
         self._device = device
         self._dtype = dtype
         place = first.place(config)
         chance = torch.Generator(device).manual_seed(0)
-        self.weights: SliceWeights = WeightMaker(config, dtype, device, chance).make(
+        self.weights: SliceWeights = WeightMaker(config, dtype, device, chance, fp8_gemm=fp8_gemm).make(
             num_slots=place.num_local, max_positions=MAX_POSITIONS
         )
         self.group = LoopbackGroup(

@@ -1,4 +1,4 @@
-"""Grouped matrix product by DeepGEMM (github.com/deepseek-ai/DeepGEMM): our contract in its terms. Not run on hardware.
+"""Grouped and dense matrix products by DeepGEMM (github.com/deepseek-ai/DeepGEMM): our contract in its terms. Not run on hardware.
 
 Knows the library's functions for Hopper and their layouts: rows per expert at multiples of 128 with the expert of each row (int32)
 beside them, or a fixed block per expert with int32 counts; fp32 scales per 1x128 with rows running fastest (as `quantize_per_token`
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.kernels.checks import INDICES, check_tensor
 from moesaic.kernels.gpu import upload
+from moesaic.kernels.grouped_backends import dense_unfit_reason
 from moesaic.kernels.quant import empty_scales
 
 ALIGNMENT = 128
@@ -23,7 +24,10 @@ ALIGNMENT = 128
 PLAIN_DEPTH = 64
 """bf16 products want K to be a multiple of it."""
 TMA_BYTES = 16
-FUNCTIONS = tuple(f"m_grouped_{kind}_gemm_nt_{layout}" for kind in ("fp8", "bf16") for layout in ("contiguous", "masked"))
+FUNCTIONS = (
+    *(f"m_grouped_{kind}_gemm_nt_{layout}" for kind in ("fp8", "bf16") for layout in ("contiguous", "masked")),
+    "fp8_gemm_nt",
+)
 PACKAGE = "deep_gemm (pip install sgl-deep-gemm)"
 
 
@@ -116,6 +120,19 @@ def grouped_gemm_fp8_masked(
     return out
 
 
+def fp8_gemm(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """As `kernels.fp8_gemm.fp8_gemm`, whose checks have been made; bf16 only, N a multiple of 64, K of 128. Raises ValueError."""
+    width, depth = weight.shape
+    reason = dense_unfit_reason("deep_gemm", width, depth)
+    if reason is not None:
+        raise ValueError(f"fp8_gemm (deep_gemm): {reason}")
+    _check_out("fp8_gemm (deep_gemm)", out_dtype)
+    out = x.new_empty(len(x), width, dtype=out_dtype)
+    if out.numel():
+        _library().fp8_gemm_nt((x, _rows_fastest(x, x_scales)), (weight, weight_scales), out)
+    return out
+
+
 def _expert_of_row(counts: list[int], x: Tensor) -> Tensor:
     """int32 [M]. The CPU does not wait."""
     experts = torch.arange(len(counts), dtype=torch.int32, device=x.device)
@@ -142,11 +159,15 @@ def _check_sizes(function: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_fp8_sizes(function: str, weight: Tensor, out_dtype: torch.dtype) -> None:
-    if out_dtype is not torch.bfloat16:
-        raise ValueError(f"{function}: out_dtype is {out_dtype}, wanted torch.bfloat16")
+    _check_out(function, out_dtype)
     if weight.shape[2] % TMA_BYTES:
         raise ValueError(f"{function}: K is {weight.shape[2]}, wanted a multiple of {TMA_BYTES}")
     _check_width(function, weight)
+
+
+def _check_out(function: str, out_dtype: torch.dtype) -> None:
+    if out_dtype is not torch.bfloat16:
+        raise ValueError(f"{function}: out_dtype is {out_dtype}, wanted torch.bfloat16")
 
 
 def _check_width(function: str, weight: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""The implementations of a grouped product by name: what each needs, why one can't be had, and the table by which `auto` chooses.
+"""The implementations of a product by name: what each needs, why one can't be had, and the table by which `auto` chooses.
+
+Grouped products are those of experts, dense ones (FP8 only) those of all other matrices.
 
 Knows no tensors and imports no torch. `TABLE` is meant to be measured (benchmarks/h200.py): each entry says where it comes from.
 """
@@ -13,16 +15,18 @@ from typing import Literal
 Name = Literal["torch", "triton", "deep_gemm", "cutlass"]
 Kind = Literal["fp8", "bfloat16", "float32"]
 """What the rows and weights are."""
-Layout = Literal["contiguous", "masked"]
+Layout = Literal["contiguous", "masked", "dense"]
 NAMES: tuple[Name, ...] = ("deep_gemm", "cutlass", "triton", "torch")
 """Those that are expected to be fastest first."""
+DENSE_NAMES: tuple[Name, ...] = ("deep_gemm", "triton", "torch")
+"""Those with dense products."""
 HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """`module` has the four products of kernels/grouped_gemm.py (None: they are in it). `alignment`: in the contiguous layout it
-    wants an expert's rows to begin at a multiple of this.
+    """`module` has the four products of kernels/grouped_gemm.py, and `fp8_gemm` if it is one of `DENSE_NAMES` (None: torch's are
+    beside the front functions). `alignment`: in the contiguous layout it wants an expert's rows to begin at a multiple of this.
     """
 
     module: str | None
@@ -40,7 +44,7 @@ BACKENDS: dict[Name, Backend] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """For products of up to `most_rows` rows per expert (None: any number), the backends, the one to take first; torch is last."""
+    """For products of up to `most_rows` rows (per expert; None: any number), the backends, the one to take first; torch is last."""
 
     kind: Kind
     layout: Layout
@@ -54,6 +58,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(kind="fp8", layout="masked", most_rows=64, order=("deep_gemm", "triton", "cutlass"), source=GUESS),
     Rule(kind="fp8", layout="masked", most_rows=None, order=("deep_gemm", "cutlass", "triton"), source=GUESS),
     Rule(kind="fp8", layout="contiguous", most_rows=None, order=("deep_gemm", "cutlass", "triton"), source=GUESS),
+    Rule(kind="fp8", layout="dense", most_rows=None, order=("deep_gemm", "triton"), source=GUESS),
     Rule(kind="bfloat16", layout="masked", most_rows=64, order=("deep_gemm", "triton", "cutlass"), source=GUESS),
     Rule(kind="bfloat16", layout="masked", most_rows=None, order=("deep_gemm", "cutlass", "triton"), source=GUESS),
     Rule(kind="bfloat16", layout="contiguous", most_rows=None, order=("deep_gemm", "cutlass", "triton"), source=GUESS),
@@ -74,6 +79,17 @@ def choose(kind: Kind, layout: Layout, rows: int, candidates: Sequence[Name]) ->
         return candidates[0]
     order = (*rule_for(kind, layout, rows).order, "torch")
     return min(candidates, key=order.index)
+
+
+def dense_unfit_reason(name: Name, width: int, depth: int) -> str | None:
+    """Why a backend has no dense FP8 product with a weight [width, depth]; None if it has. DeepGEMM's limits are SGLang's."""
+    if name not in DENSE_NAMES:
+        return "has no dense product"
+    if name == "deep_gemm" and (width % 64 or depth % 128):
+        return f"wants [N, K] of multiples of 64 and 128, and a weight is [{width}, {depth}]"
+    if name == "triton" and depth % 16:
+        return f"wants K to be a multiple of 16, and a weight is [{width}, {depth}]"
+    return None
 
 
 def unfit_reason(name: Name, capability: tuple[int, int]) -> str | None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moesaic.kernels.grouped_backends import Kind
+from moesaic.kernels.grouped_backends import Kind, Name
 from moesaic.kernels.native.build import SWITCH_VARIABLE
 from moesaic.launch.config import DeviceName, DTypeName, KVDTypeName, ServerConfig
-from moesaic.launch.conflicts import refuse
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.fp8_choice import Quantization, resolve_fp8_gemm, resolve_quantization
 from moesaic.launch.hardware import Hardware
-from moesaic.launch.model_rules import fp8_expert_conflicts
 from moesaic.launch.report import Choice
 from moesaic.launch.topology import ModelShape, Topology
 
 Communication = Literal["gloo", "nccl"]
-FP8_ON_DEMAND = "only on demand (--quantization fp8): its kernels have not run on hardware yet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,8 @@ class Compute:
 
     device: DeviceName
     dtype: DTypeName
-    quantization: Literal["none", "fp8"]
+    quantization: Quantization
+    fp8_gemms: tuple[Name, ...]
     kv_dtype: KVDTypeName
     communication: Communication
     rows: tuple[Choice, ...]
@@ -43,19 +42,21 @@ def choose_compute(config: ServerConfig, shape: ModelShape, topology: Topology, 
     """Device first; everything else depends on it."""
     device, device_row = _device(config, topology, hardware)
     dtype, dtype_row = _dtype(config, device)
-    quantization, quantization_row = _quantization(config, shape, device, dtype)
-    if quantization == "fp8" and device == "cuda":
-        refuse(fp8_expert_conflicts(config, shape))
+    quantization, quantization_row = resolve_quantization(config, shape, device, dtype, hardware)
+    fp8_gemms, fp8_gemm_row = resolve_fp8_gemm(config, device, quantization, dtype, hardware)
     kv_dtype, kv_row = _kv_dtype(config, device, dtype)
     communication: Communication = "gloo" if device == "cpu" else "nccl"
     communication_row = Choice(capability="communication", chosen=communication)
+    kernels_row = _cpu_kernels_row(hardware, device)
+    rows = (device_row, kernels_row, dtype_row, quantization_row, fp8_gemm_row, kv_row, communication_row)
     return Compute(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        fp8_gemms=fp8_gemms,
         kv_dtype=kv_dtype,
         communication=communication,
-        rows=(device_row, _cpu_kernels_row(hardware, device), dtype_row, quantization_row, kv_row, communication_row),
+        rows=tuple(row for row in rows if row is not None),
     )
 
 
@@ -81,29 +82,6 @@ def _dtype(config: ServerConfig, device: DeviceName) -> tuple[DTypeName, Choice]
         return "bfloat16", Choice(capability="dtype", chosen="bfloat16")
     # Not a downgrade: float32 is the more exact of the two, and the faster one on most CPUs.
     return "float32", Choice(capability="dtype", chosen="float32", refused=(("bfloat16", "slower than float32 on most CPUs"),))
-
-
-def _quantization(
-    config: ServerConfig, shape: ModelShape, device: DeviceName, dtype: DTypeName
-) -> tuple[Literal["none", "fp8"], Choice]:
-    if config.quantization == "fp8":
-        if not shape.fp8_checkpoint:
-            raise ConfigError(
-                "--quantization fp8: the checkpoint is not FP8 (its config.json has no quantization_config of 128x128 "
-                "blocks); leave --quantization out, or take an FP8 checkpoint"
-            )
-        how = "simulated" if device == "cpu" else f"routed experts in FP8 from end to end, the rest simulated in {dtype}"
-        return "fp8", Choice(capability="quantisation", chosen=f"W8A8: FP8 weights, activations per token and 128 channels, {how}")
-    if not shape.fp8_checkpoint:
-        return "none", Choice(capability="quantisation", chosen=f"none: weights in {dtype}")
-    # On a GPU, computing in FP8 is what the checkpoint is for; on a CPU it would only be a slow simulation.
-    return "none", Choice(
-        capability="quantisation",
-        chosen=f"FP8 weights dequantised to {dtype} at load",
-        refused=(("W8A8", "simulated and slow on a CPU" if device == "cpu" else FP8_ON_DEMAND),),
-        downgrade=device == "cuda" and config.quantization == "auto",
-        accept="--quantization none",
-    )
 
 
 def _kv_dtype(config: ServerConfig, device: DeviceName, dtype: DTypeName) -> tuple[KVDTypeName, Choice]:

@@ -65,6 +65,7 @@ class ServerConfig:
     # Experts
     moe_a2a_backend: A2ABackend = "none"
     moe_runner_backend: RunnerName | Literal["auto"] = "auto"
+    fp8_gemm_backend: RunnerName | Literal["auto"] = "auto"
     deepep_mode: DispatchMode = "auto"
     deepep_max_dispatch_tokens_per_rank: int = 128
     deepep_config: str | None = None
@@ -132,7 +133,7 @@ class ResolvedConfig:
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
     `moe_runner_backends`: what computes the experts' products; of several the table of kernels/grouped_backends.py chooses
-    by the product's shape.
+    by the product's shape. `fp8_gemm_backends`: the same for all other FP8 products.
     `deepep`: what DeepEP is made with, where it is the `moe_a2a_backend`.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
     `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
@@ -151,6 +152,7 @@ class ResolvedConfig:
     prefill_attention_backend: PrefillBackend
     moe_a2a_backend: A2ABackend
     moe_runner_backends: tuple[RunnerName, ...]
+    fp8_gemm_backends: tuple[RunnerName, ...]
     dispatch_mode: DispatchMode
     max_dispatch_tokens_per_rank: int
     deepep: DeepEPSettings
@@ -179,6 +181,6 @@ class ResolvedConfig:
     log_level: Literal["debug", "info", "warning", "error"]
 
     @property
-    def fp8_experts(self) -> bool:
-        """Whether routed experts keep their FP8 weights and compute in FP8; on a CPU W8A8 is simulated."""
+    def fp8_weights(self) -> bool:
+        """Whether FP8 matrices stay as stored and compute in FP8 (all but kv_b_proj); on a CPU W8A8 is simulated."""
         return self.quantization == "fp8" and self.device == "cuda"

@@ -7,7 +7,7 @@ there once. SGLang's names and aliases are kept.
 
 from __future__ import annotations
 
-from moesaic.kernels.grouped_backends import NAMES
+from moesaic.kernels.grouped_backends import DENSE_NAMES, NAMES
 from moesaic.launch.flag_kinds import (
     Flag,
     LaterFlag,
@@ -40,7 +40,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         choice(
             "--quantization",
-            "fp8: W8A8 of an FP8 checkpoint; otherwise its weights are dequantised at load",
+            "fp8: W8A8 of an FP8 checkpoint; none: its weights are dequantised at load; auto: fp8 on CUDA, none on a CPU",
             "auto",
             "none",
             "fp8",
@@ -106,6 +106,12 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "what computes the experts; auto: torch on CPU, on CUDA a table's choice by shape among those that are there",
             "auto",
             *NAMES,
+        ),
+        choice(
+            "--fp8-gemm-backend",
+            "what computes all FP8 products but the routed experts'; auto: on CUDA a table's choice among those there",
+            "auto",
+            *DENSE_NAMES,
         ),
         choice(
             "--deepep-mode",

@@ -12,6 +12,7 @@ from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.memory_parts import MemoryInputs
 from moesaic.launch.memory_plan import GIB, MemoryPlan, plan_memory
+from moesaic.launch.models.tensors import FP8_KINDS
 
 Candidate = tuple[str, MemoryInputs]
 
@@ -86,8 +87,8 @@ def _candidates(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[Candidate]:
 
 def _format_candidates(inputs: MemoryInputs) -> Iterator[Candidate]:
     """Smaller numbers, where there are kernels for them."""
-    if inputs.config.device == "cuda" and inputs.model.fp8_block is not None and "routed experts" not in inputs.fp8:
-        yield "--quantization fp8", replace(inputs, fp8=inputs.fp8 | {"routed experts"})
+    if inputs.config.device == "cuda" and inputs.model.fp8_block is not None and not inputs.fp8:
+        yield "--quantization fp8", replace(inputs, fp8=FP8_KINDS)
     if inputs.config.kv_dtype != "float8_e4m3fn":
         yield "--kv-cache-dtype fp8_e4m3", _with(inputs, kv_dtype="float8_e4m3fn")
 

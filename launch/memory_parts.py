@@ -46,9 +46,10 @@ def no_buffers(config: ResolvedConfig, topology: Topology) -> tuple[MemoryItem, 
 class MemoryInputs:
     """`num_slots`: expert slots of a layer, on all ranks. `experts_move`: weights are exchanged while serving.
 
-    `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype`. `communication`: the buffers
-    that the all-to-all backend keeps. `graph_batch_sizes`: tokens per rank of the graphs that are captured. `host_kv_gb`: the most
-    host memory for the KV of retracted requests, in 1e9 bytes.
+    `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype` (kv_b_proj never does; routed
+    experts are filled up to whole blocks). `communication`: the buffers that the all-to-all backend keeps. `graph_batch_sizes`:
+    tokens per rank of the graphs that are captured. `host_kv_gb`: the most host memory for the KV of retracted requests, in 1e9
+    bytes.
     """
 
     model: ModelConfig
@@ -221,6 +222,8 @@ def _tensor_bytes(inputs: MemoryInputs, spec: TensorSpec, parts: int) -> int:
     shape = spec.part(parts)
     if spec.fp32:
         return math.prod(shape) * 4
-    if spec.blocks and spec.kind in inputs.fp8:
+    if spec.blocks and not spec.absorbed and spec.kind in inputs.fp8:
+        if spec.cut == "expert":
+            shape = tuple(-(-size // FP8_BLOCK) * FP8_BLOCK if dim == spec.dim else size for dim, size in enumerate(shape))
         return math.prod(shape) + math.prod(-(-size // FP8_BLOCK) for size in shape) * SCALE_BYTES
     return math.prod(shape) * inputs.element_bytes

@@ -146,6 +146,8 @@ def _weight_basis(inputs: MemoryInputs, kind: Kind) -> str:
     stored = "FP8 with scales" if kind in inputs.fp8 else inputs.config.dtype
     if kind == "routed experts":
         return f"{inputs.slots_per_rank} of {inputs.num_slots} slots in each of {len(inputs.model.sparse_layers)} layers, {stored}"
+    if kind == "attention" and kind in inputs.fp8:
+        return f"{stored}, kv_b_proj {inputs.config.dtype}"
     if kind == "gates and norms":
         return f"gates float32, norms {inputs.config.dtype}"
     return inputs.config.dtype if kind == "embedding and head" else stored

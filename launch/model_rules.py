@@ -12,18 +12,31 @@ from moesaic.launch.conflicts import Conflict, divisors, nearest
 from moesaic.launch.topology import ModelShape, Topology
 
 FP8_BLOCK = 128
+FP8_ROW_BYTES = 16
+"""What the tensor memory accelerator steps over is a multiple of it."""
 
 
-def fp8_expert_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
-    """Experts in FP8 from end to end (on CUDA): a rank's parts of gate and of up are whole blocks, one after the other."""
-    part = shape.moe_intermediate_size // Topology.from_config(config).moe_tp_size
-    for what, size in (("hidden_size", shape.hidden_size), ("a rank's part of moe_intermediate_size", part)):
-        if size % FP8_BLOCK:
-            yield Conflict(
-                flags="--quantization fp8",
-                reason=f"experts in FP8 want sizes that are multiples of {FP8_BLOCK}, and {what} is {size}",
-                remedy="--quantization none, or fewer ranks per expert",
-            )
+def fp8_weight_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
+    """What weights that stay in FP8 (on CUDA) want besides `block_conflicts`: whole blocks in cuts of rows, and aligned rows."""
+    topology = Topology.from_config(config)
+    if shape.hidden_size % FP8_BLOCK:
+        yield _fp8_conflict(f"weights in FP8 want multiples of {FP8_BLOCK}, and hidden_size is {shape.hidden_size}")
+    query_rows, parts = shape.num_heads * shape.qk_head_dim, topology.attn_tp_size
+    if parts > 1 and query_rows % (parts * FP8_BLOCK):
+        yield _cut_conflict("attention TP cuts num_heads x query head dim", query_rows, parts, "a larger --dp-size")
+    depths = {
+        "q_lora_rank": shape.q_lora_rank or 0,
+        "a rank's part of num_heads x v_head_dim": shape.num_heads * shape.v_head_dim // parts,
+        "a rank's part of intermediate_size": shape.intermediate_size // topology.moe_dense_tp_size,
+        "the shared experts' width": shape.moe_intermediate_size * shape.num_shared_experts,
+    }
+    for what, depth in depths.items():
+        if depth % FP8_ROW_BYTES:
+            yield _fp8_conflict(f"rows of weights in FP8 are multiples of {FP8_ROW_BYTES} bytes, and {what} is {depth}")
+
+
+def _fp8_conflict(reason: str) -> Conflict:
+    return Conflict(flags="--quantization fp8", reason=reason, remedy="--quantization none")
 
 
 def model_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
@@ -34,7 +47,7 @@ def model_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflic
     yield from _dense_conflicts(config, shape, topology)
     yield from _head_conflicts(config, shape, topology)
     if config.quantization == "fp8":
-        yield from _block_conflicts(shape, topology)
+        yield from block_conflicts(config, shape, topology)
 
 
 def _attention_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
@@ -110,17 +123,29 @@ def _head_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology)
     )
 
 
-def _block_conflicts(shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
+def block_conflicts(config: ServerConfig, shape: ModelShape, topology: Topology) -> Iterator[Conflict]:
     """W8A8 scales belong to blocks of 128 channels: a cut inside a block would make layouts disagree."""
-    cuts = {
-        "attention TP cuts num_heads x v_head_dim": (shape.num_heads * shape.v_head_dim, topology.attn_tp_size),
-        "expert TP cuts moe_intermediate_size": (shape.moe_intermediate_size, topology.moe_tp_size),
-        "dense TP cuts intermediate_size": (shape.intermediate_size, topology.moe_dense_tp_size),
-    }
-    for what, (size, parts) in cuts.items():
+    shared_parts = topology.attn_tp_size if config.moe_a2a_backend == "none" else 1
+    shared = shape.moe_intermediate_size * shape.num_shared_experts
+    cuts = (
+        (
+            "attention TP cuts num_heads x v_head_dim",
+            shape.num_heads * shape.v_head_dim,
+            topology.attn_tp_size,
+            "a larger --dp-size",
+        ),
+        ("expert TP cuts moe_intermediate_size", shape.moe_intermediate_size, topology.moe_tp_size, "a larger --ep-size"),
+        ("dense TP cuts intermediate_size", shape.intermediate_size, topology.moe_dense_tp_size, "--moe-dense-tp-size 1"),
+        ("attention TP cuts the shared experts' width", shared, shared_parts, "an all-to-all backend (--moe-a2a-backend)"),
+    )
+    for what, size, parts, remedy in cuts:
         if parts > 1 and size % (parts * FP8_BLOCK):
-            yield Conflict(
-                flags="--quantization fp8",
-                reason=f"{what} = {size} into {parts} parts that are no multiples of the FP8 block of {FP8_BLOCK}",
-                remedy="leave out --quantization fp8, or cut it into fewer parts",
-            )
+            yield _cut_conflict(what, size, parts, remedy)
+
+
+def _cut_conflict(what: str, size: int, parts: int, remedy: str) -> Conflict:
+    return Conflict(
+        flags="--quantization fp8",
+        reason=f"{what} = {size} into {parts} parts that are no multiples of the FP8 block of {FP8_BLOCK}",
+        remedy=f"--quantization none, or {remedy}",
+    )

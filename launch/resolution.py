@@ -79,9 +79,9 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
 def _settle(config: ServerConfig, shape: ModelShape, topology: Topology, hardware: Hardware) -> _Settled:
     compute = choose_compute(config, shape, topology, hardware)
     device = compute.device
-    runners, runner_row = resolve_runners(config, device, compute.expert_kind, hardware)
+    runners, runner_row = resolve_runners(config, device, compute.expert_kind, compute.dtype, hardware)
     prefill, prefill_row = resolve_prefill(config, device, hardware)
-    refuse(symm_conflicts(config, device, hardware))
+    refuse(symm_conflicts(config, device, compute.quantization, hardware))
     refuse_missing(config, device, hardware)
     transfer, role_rows = resolve_backend(config, device)
     mode = dispatch_mode(config)
@@ -122,6 +122,7 @@ def _resolved(config: ServerConfig, settled: _Settled, num_threads: int) -> Reso
         prefill_attention_backend=settled.prefill,
         moe_a2a_backend=config.moe_a2a_backend,
         moe_runner_backends=settled.runners,
+        fp8_gemm_backends=compute.fp8_gemms,
         dispatch_mode=settled.mode,
         max_dispatch_tokens_per_rank=config.deepep_max_dispatch_tokens_per_rank,
         deepep=settled.deepep,

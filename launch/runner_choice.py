@@ -7,7 +7,7 @@ Pure: why a backend is missing was found out before (`launch/hardware.py`). A ba
 from __future__ import annotations
 
 from moesaic.kernels.grouped_backends import BACKENDS, NAMES, TABLE, Kind, Name
-from moesaic.launch.config import DeviceName, ServerConfig
+from moesaic.launch.config import DeviceName, DTypeName, ServerConfig
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.report import Choice
@@ -17,9 +17,14 @@ ACCEPT = "--moe-runner-backend torch"
 ON_CPU = "the device is cpu"
 
 
-def resolve_runners(config: ServerConfig, device: DeviceName, kind: Kind, hardware: Hardware) -> tuple[tuple[Name, ...], Choice]:
-    """The backends and the report's row. `kind`: what rows and weights are. Raises ConfigError for one that can't run."""
-    asked, reasons = config.moe_runner_backend, _reasons(device, kind, hardware)
+def resolve_runners(
+    config: ServerConfig, device: DeviceName, kind: Kind, dtype: DTypeName, hardware: Hardware
+) -> tuple[tuple[Name, ...], Choice]:
+    """The backends and the report's row. `kind`: what rows and weights are; `dtype`: what products of them give.
+
+    Raises ConfigError for one that can't run.
+    """
+    asked, reasons = config.moe_runner_backend, _reasons(device, kind, dtype, hardware)
     if asked != "auto":
         if asked in reasons:
             raise ConfigError(f"--moe-runner-backend {asked}: {reasons[asked]}; use --moe-runner-backend auto or torch")
@@ -33,13 +38,20 @@ def resolve_runners(config: ServerConfig, device: DeviceName, kind: Kind, hardwa
     return able, Choice(capability=CAPABILITY, chosen=_among(able, kind), refused=refused)
 
 
-def _reasons(device: DeviceName, kind: Kind, hardware: Hardware) -> dict[Name, str]:
+def _reasons(device: DeviceName, kind: Kind, dtype: DTypeName, hardware: Hardware) -> dict[Name, str]:
     """Why each backend that can't run can't."""
     if device == "cpu":
         return {name: ON_CPU for name in NAMES if name != "torch"}
-    missing = dict(hardware.runners_missing)
     unable = {name: f"has no products of {kind}" for name in NAMES if kind not in BACKENDS[name].kinds}
-    return {name: missing.get(name) or unable[name] for name in NAMES if name in missing or name in unable}
+    found = unable | float32_reasons(kind, dtype) | dict(hardware.runners_missing)
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def float32_reasons(kind: Kind, dtype: DTypeName) -> dict[Name, str]:
+    """Against the backends whose FP8 products give bfloat16 alone, for a model that computes in float32."""
+    if kind != "fp8" or dtype != "float32":
+        return {}
+    return dict.fromkeys(("deep_gemm", "cutlass"), "gives bfloat16, and --dtype is float32")
 
 
 def _among(able: tuple[Name, ...], kind: Kind) -> str:

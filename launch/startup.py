@@ -27,6 +27,7 @@ from moesaic.launch.memory_advice import refuse_memory
 from moesaic.launch.memory_parts import MemoryInputs
 from moesaic.launch.memory_plan import MemoryPlan, memory_choice, plan_memory
 from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_model_config
+from moesaic.launch.models.tensors import FP8_KINDS
 from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
 from moesaic.launch.role_plan import host_kv_gb, plan_role
@@ -108,7 +109,7 @@ def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertP
         num_slots=num_slots,
         experts_move=experts.slots.movable,
         graph_batch_sizes=resolution.config.cuda_graph_rows,
-        fp8=frozenset({"routed experts"} if resolution.config.fp8_experts else ()),
+        fp8=FP8_KINDS if resolution.config.fp8_weights else frozenset(),
         communication=partial(deepep_memory, model, num_slots),
         host_kv_gb=host_gb,
     )
@@ -142,6 +143,8 @@ def model_shape(model: ModelConfig) -> ModelShape:
         context_length=model.max_position_embeddings,
         num_shared_experts=model.n_shared_experts,
         v_head_dim=model.v_head_dim,
+        qk_head_dim=model.qk_nope_head_dim + model.qk_rope_head_dim,
+        q_lora_rank=model.q_lora_rank,
         topk=model.num_experts_per_tok,
         fp8_checkpoint=model.fp8_block is not None,
     )
@@ -161,6 +164,7 @@ def shared_settings(plan: Plan) -> dict[str, str]:
         **flags,
         "the device (--device)": plan.resolution.config.device,
         "what computes the experts (--moe-runner-backend)": ", ".join(plan.resolution.config.moe_runner_backends),
+        "what computes the other FP8 products (--fp8-gemm-backend)": ", ".join(plan.resolution.config.fp8_gemm_backends),
         "the placement of --init-expert-location (sha256)": plan.experts.digest,
         "config.json of --model-path (sha256)": hashlib.sha256(raw).hexdigest()[:16],
         "moesaic version": version(),

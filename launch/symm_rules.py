@@ -6,6 +6,7 @@ Pure. Knows nothing of how ranks share memory (moe/symm_windows.py); that they c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from moesaic.launch.config import DeviceName, ServerConfig
 from moesaic.launch.conflicts import Conflict
@@ -15,8 +16,10 @@ FLAG = "--moe-a2a-backend symm"
 ELSE = "--moe-a2a-backend torch"
 
 
-def symm_conflicts(config: ServerConfig, device: DeviceName, hardware: Hardware) -> Iterator[Conflict]:
-    """What stands in the way; nothing for another backend."""
+def symm_conflicts(
+    config: ServerConfig, device: DeviceName, quantization: Literal["none", "fp8"], hardware: Hardware
+) -> Iterator[Conflict]:
+    """What stands in the way; nothing for another backend. `quantization`: as settled."""
     if config.moe_a2a_backend != "symm":
         return
     if device == "cpu":
@@ -27,7 +30,7 @@ def symm_conflicts(config: ServerConfig, device: DeviceName, hardware: Hardware)
         yield Conflict(flags=FLAG, reason=f"its kernels are Triton's: {triton}", remedy=ELSE)
     if config.nnodes > 1:
         yield Conflict(flags=f"{FLAG} --nnodes {config.nnodes}", reason="only the GPUs of one node reach each other", remedy=ELSE)
-    if config.quantization != "fp8":
+    if quantization != "fp8":
         yield Conflict(
             flags=f"{FLAG} --quantization {config.quantization}",
             reason="tokens travel in FP8, which only experts in FP8 take",

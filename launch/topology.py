@@ -42,6 +42,8 @@ class ModelShape:
     topk: int = 8
     num_shared_experts: int = 0
     v_head_dim: int = 128
+    qk_head_dim: int = 192
+    q_lora_rank: int | None = None
     fp8_checkpoint: bool = False
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moesaic.eplb.replica_choice import ReplicaChoice
 from moesaic.kernels.activation import swiglu
-from moesaic.kernels.gemm import Matrix, linear
+from moesaic.kernels.fp8_rows import swiglu_rows
+from moesaic.kernels.gemm import Matrix, Rows, is_fp8, linear
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertRunner
 from moesaic.moe.gate import Gate, TopK
@@ -18,14 +19,23 @@ from moesaic.moe.gate import Gate, TopK
 
 @dataclass(frozen=True, kw_only=True)
 class DenseMLP:
-    """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Gives the shard's partial sum."""
+    """SwiGLU feed-forward, or a TP shard of one: gate_up [2 * I, H] (gate first), down [H, I]. Gives the shard's partial sum.
+
+    With weights in FP8, rows may come in FP8, and those between the products are made so by the kernel of the activation.
+    """
 
     gate_up: Matrix
     down: Matrix
     fp8_activations: bool = False
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        inner = swiglu(linear(hidden, self.gate_up, fp8_activations=self.fp8_activations))
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether rows had best come in FP8."""
+        return is_fp8(self.gate_up)
+
+    def __call__(self, hidden: Rows) -> Tensor:
+        both = linear(hidden, self.gate_up, fp8_activations=self.fp8_activations)
+        inner = swiglu_rows(both) if is_fp8(self.down) else swiglu(both)
         return linear(inner, self.down, fp8_activations=self.fp8_activations)
 
 

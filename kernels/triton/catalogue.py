@@ -76,17 +76,19 @@ def _quantisation() -> dict[str, Callable[[], object]]:
 
 
 def _rows() -> dict[str, Callable[[], object]]:
-    x, gamma = _meta(TOKENS, HIDDEN), _meta(HIDDEN)
+    x, gamma, queries = _meta(TOKENS, HIDDEN), _meta(HIDDEN), _meta(TOKENS, 2112)[:, :1536]
     gate_up, counts = _meta(TOKENS, 2 * INTERMEDIATE), _meta(LOCAL_EXPERTS, dtype=I64)
     masked, row_expert = _meta(LOCAL_EXPERTS, MASKED_ROWS, 2 * INTERMEDIATE), _meta(TOKENS, dtype=torch.int32)
     return {
         "swiglu": lambda: activation.swiglu(gate_up),
         "swiglu_quantize": lambda: activation.swiglu_quantize(gate_up, row_expert=row_expert, mn_major_scales=True),
+        "swiglu_quantize dense": lambda: activation.swiglu_quantize(_meta(TOKENS, 36864), mn_major_scales=True),
         "swiglu_quantize_masked": lambda: activation.swiglu_quantize_masked(masked, counts, mn_major_scales=True),
         "rms_norm": lambda: norm.rms_norm(x, gamma, 1e-6),
         "rms_norm 512": lambda: norm.rms_norm(_meta(TOKENS, 512), _meta(512), 1e-6),
         "add_rms_norm": lambda: norm.add_rms_norm(x, x, gamma, 1e-6),
         "rms_norm_quantize": lambda: norm.rms_norm_quantize(x, gamma, 1e-6, mn_major_scales=True),
+        "rms_norm_quantize 1536": lambda: norm.rms_norm_quantize(queries, _meta(1536), 1e-6, mn_major_scales=True),
         "add_rms_norm_quantize": lambda: norm.add_rms_norm_quantize(x, x, gamma, 1e-6, mn_major_scales=True),
     }
 
@@ -170,7 +172,7 @@ def _peers() -> dict[str, Callable[[], object]]:
 
 
 def _products() -> dict[str, Callable[[], object]]:
-    """Gate and up of the routed experts: [4096, 7168]."""
+    """Gate and up of the routed experts, [4096, 7168], and dense: a decode step's first projection, a chunk's dense layer."""
     width, counts = 2 * INTERMEDIATE, _meta(LOCAL_EXPERTS, dtype=I64)
     weight, weight8 = _meta(LOCAL_EXPERTS, width, HIDDEN), _meta(LOCAL_EXPERTS, width, HIDDEN, dtype=FP8)
     turned = _meta(LOCAL_EXPERTS, HIDDEN, width).transpose(1, 2)
@@ -183,6 +185,10 @@ def _products() -> dict[str, Callable[[], object]]:
             grouped_gemm.grouped_gemm_fp8_masked, x8, own, weight8, scales, counts, expected_rows=rows, out_dtype=BF16
         )
         found[f"grouped_gemm_masked {rows}"] = partial(grouped_gemm.grouped_gemm_masked, x, weight, counts, expected_rows=rows)
+    for rows, columns in ((TOKENS // 2, 2112), (MASKED_ROWS, 36864)):
+        blocks = _meta(-(-columns // 128), HIDDEN // 128, dtype=F32)
+        dense = (x8[0, :rows], own[0, :rows], _meta(columns, HIDDEN, dtype=FP8), blocks)
+        found[f"fp8_gemm {rows}"] = partial(grouped_gemm.fp8_gemm, *dense, out_dtype=BF16)
     lists = [MASKED_ROWS] + [0] * (LOCAL_EXPERTS - 1)
     return found | {
         "grouped_gemm_fp8_contiguous": lambda: grouped_gemm.grouped_gemm_fp8_contiguous(

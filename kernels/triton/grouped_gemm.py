@@ -1,13 +1,14 @@
 """Grouped matrix product on Hopper: one persistent kernel for both layouts, bf16 (fp16, fp32) and FP8 with 128-element scales.
 
-Each program walks over output tiles, experts first; which expert a tile belongs to follows from the counts, which stay on the
-device. Tiles come through the tensor memory accelerator (TMA). Rows of one expert need not start at a multiple of anything: a tile
-may read into the next expert's rows, and stores only its own. Sums run over K in order whatever the other rows are.
+A dense FP8 product is that of a single group. Each program walks over output tiles, experts first; which expert a tile belongs to
+follows from the counts, which stay on the device. Tiles come through the tensor memory accelerator (TMA). Rows of one expert need
+not start at a multiple of anything: a tile may read into the next expert's rows, and stores only its own. Sums run over K in order
+whatever the other rows are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,10 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moesaic.kernels.checks import FLOATS, INDICES, check_tensor
 from moesaic.kernels.gpu import upload
 from moesaic.kernels.quant import BLOCK, FP8
-from moesaic.kernels.triton.launch import launch, num_processors, power_of_two
+from moesaic.kernels.triton.launch import ceil_div, launch, num_processors, power_of_two
 
 FEW_ROWS = 64
 """Up to so many rows per expert, tiles are 64 rows high."""
+DENSE_COLUMNS = (128, 64, 32)
+"""Columns of a dense product's tile: the most with which there is a tile for every multiprocessor, else the least."""
 TMA_BYTES = 16
 
 
@@ -48,7 +51,15 @@ def tiling_for(dtype: torch.dtype, rows_per_expert: int) -> Tiling:
     return Tiling(rows=128, columns=256, depth=64, num_warps=8, num_stages=3)
 
 
-@triton.jit
+def dense_tiling(num_rows: int, width: int, processors: int) -> Tiling:
+    """The tile of a dense FP8 product. Few rows read the whole weight all the same: it takes many multiprocessors to do so fast."""
+    tiling = tiling_for(FP8, num_rows)
+    row_tiles = ceil_div(num_rows, tiling.rows)
+    enough = (columns for columns in DENSE_COLUMNS if row_tiles * ceil_div(width, columns) >= processors)
+    return replace(tiling, columns=next(enough, DENSE_COLUMNS[-1]))
+
+
+@triton.jit(do_not_specialize=["num_rows", "a_scale_block"])
 def _grouped_kernel(
     a: tl.tensor,
     b: tl.tensor,
@@ -57,6 +68,7 @@ def _grouped_kernel(
     b_scales: tl.tensor,
     counts: tl.tensor,
     num_experts: tl.tensor,
+    num_rows: tl.tensor,
     room: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
@@ -65,6 +77,7 @@ def _grouped_kernel(
     a_scale_block: tl.tensor,
     b_scale_expert: tl.tensor,
     b_scale_row: tl.tensor,
+    COUNTED: tl.constexpr,
     MASKED: tl.constexpr,
     SCALED: tl.constexpr,
     OUT_FASTEST: tl.constexpr,
@@ -75,7 +88,10 @@ def _grouped_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     experts = tl.arange(0, EXPERTS)
-    count = tl.load(counts + experts, mask=experts < num_experts, other=0).to(tl.int32)
+    if COUNTED:
+        count = tl.load(counts + experts, mask=experts < num_experts, other=0).to(tl.int32)
+    else:
+        count = tl.where(experts < num_experts, num_rows, 0).to(tl.int32)
     start = experts * room if MASKED else tl.cumsum(count, axis=0) - count
     column_tiles = tl.cdiv(width, COLUMNS)
     tiles = (count + ROWS - 1) // ROWS * column_tiles
@@ -171,20 +187,30 @@ def grouped_gemm_fp8_masked(
     return out
 
 
+def fp8_gemm(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """As `kernels.fp8_gemm.fp8_gemm`, whose checks have been made; K a multiple of 16. Raises ValueError."""
+    out = x.new_empty(len(x), len(weight), dtype=out_dtype)
+    tiling = dense_tiling(len(x), len(weight), num_processors(x.device))
+    _launch("fp8_gemm", x, weight[None], None, out, x_scales, weight_scales[None], rows_per_expert=len(x), tiling=tiling)
+    return out
+
+
 def _launch(
     function: str,
     x: Tensor,
     weight: Tensor,
-    counts: Tensor,
+    counts: Tensor | None,
     out: Tensor,
     x_scales: Tensor | None,
     weight_scales: Tensor | None,
     *,
     rows_per_expert: int,
+    tiling: Tiling | None = None,
 ) -> None:
+    """Without counts all rows are those of the only expert."""
     if not out.numel():
         return
-    tiling, masked = tiling_for(x.dtype, rows_per_expert), x.dim() == 3
+    tiling, masked = tiling or tiling_for(x.dtype, rows_per_expert), x.dim() == 3
     rows, (num_experts, width, depth) = x.view(-1, x.shape[-1]), weight.shape
     right, block, out_fastest = _right_side(function, weight, tiling)
     _check_tma(function, "x", rows)
@@ -199,6 +225,7 @@ def _launch(
         b_scales=weight_scales,
         counts=counts,
         num_experts=num_experts,
+        num_rows=rows_per_expert,
         room=x.shape[1] if masked else 0,
         width=width,
         depth=depth,
@@ -207,6 +234,7 @@ def _launch(
         a_scale_block=0 if x_scales is None else x_scales.stride(-1),
         b_scale_expert=0 if weight_scales is None else weight_scales.stride(0),
         b_scale_row=0 if weight_scales is None else weight_scales.stride(1),
+        COUNTED=counts is not None,
         MASKED=masked,
         SCALED=scaled,
         OUT_FASTEST=out_fastest,

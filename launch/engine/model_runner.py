@@ -51,7 +51,8 @@ class RunnerConfig:
     attention_backend: str = "torch"
     prefill_backend: str = "own"
     expert_backends: tuple[Name, ...] = ("torch",)
-    fp8_experts: bool = False
+    fp8_gemm_backends: tuple[Name, ...] = ("torch",)
+    fp8_weights: bool = False
     max_dispatch_tokens: int = 128
     make_windows: MakeWindows = symmetric_windows
     fp8_activations: bool = False
@@ -90,7 +91,8 @@ class ModelRunner:
             device=config.device,
             max_positions=config.context_length,
             expert_backends=config.expert_backends,
-            fp8_experts=config.fp8_experts,
+            fp8_gemm_backends=config.fp8_gemm_backends,
+            fp8_weights=config.fp8_weights,
             max_dispatch_tokens=config.max_dispatch_tokens,
             make_windows=config.make_windows,
             fp8_activations=config.fp8_activations,

@@ -52,7 +52,7 @@ class Dispatchers:
     def make(self, placement: ExpertPlacement) -> Dispatcher[Any]:
         """One layer's."""
         if self._deepep is not None:
-            return self._deepep.dispatcher(self._alignment, fp8_rows=self._options.fp8_experts)
+            return self._deepep.dispatcher(self._alignment, fp8_rows=self._options.fp8_weights)
         if self._parallel.a2a_backend == "none":
             return self._all_gather(placement)
         by_collectives = self._all_to_all(placement)

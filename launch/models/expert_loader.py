@@ -39,20 +39,23 @@ class ExpertLoader:
         return ExpertWeights(gate_up=gate_up, down=down)
 
     def fp8(self, prefix: str, held: list[int]) -> ExpertWeights:
-        """With the scales of their blocks. Raises ValueError where up would begin inside a block of gate's."""
+        """With the scales of their blocks. An expert whose width ends inside a block is filled up with zeros to whole blocks, so
+        that up begins a block: zeros give zeros, and change no scale. Raises ValueError for a cut inside a block.
+        """
         hidden, width, part = self._hidden, self._width, self._part
-        if part % BLOCK:
+        if part < width and part % BLOCK:
             raise ValueError(f"FP8 experts: this rank's part of an expert is {part} wide, wanted a multiple of {BLOCK}")
-        gate_up, gate_up_scales = self._empty_fp8(len(held), 2 * part, hidden)
-        down, down_scales = self._empty_fp8(len(held), hidden, part)
+        room = -(-part // BLOCK) * BLOCK
+        gate_up, gate_up_scales = self._zero_fp8(len(held), 2 * room, hidden)
+        down, down_scales = self._zero_fp8(len(held), hidden, room)
         for local, expert in enumerate(held):
             name = f"{prefix}.experts.{expert}"
             for index, half in enumerate(("gate_proj", "up_proj")):
                 values, scales = self._source.quantized(f"{name}.{half}.weight", (width, hidden), self._rows)
-                gate_up[local, index * part : (index + 1) * part] = values
-                gate_up_scales[local, index * part // BLOCK : (index + 1) * part // BLOCK] = scales
+                gate_up[local, index * room : index * room + part] = values
+                gate_up_scales[local, index * room // BLOCK : (index + 1) * room // BLOCK] = scales
             values, scales = self._source.quantized(f"{name}.down_proj.weight", (hidden, width), self._columns)
-            down[local], down_scales[local] = values, scales
+            down[local, :, :part], down_scales[local] = values, scales
         return ExpertWeights(gate_up=gate_up, down=down, gate_up_scales=gate_up_scales, down_scales=down_scales)
 
     def _tensor(self, name: str, *shape: int, shard: Shard) -> Tensor:
@@ -64,8 +67,8 @@ class ExpertLoader:
             return torch.empty(num_experts, rows, columns, dtype=self._dtype, device=self._device)
         return torch.empty(num_experts, columns, rows, dtype=self._dtype, device=self._device).transpose(1, 2)
 
-    def _empty_fp8(self, num_experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Uninitialised e4m3 [E, rows, columns] and the scales of its blocks."""
+    def _zero_fp8(self, num_experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """e4m3 [E, rows, columns] and room for the scales of its blocks."""
         blocks = (num_experts, -(-rows // BLOCK), -(-columns // BLOCK))
-        values = torch.empty(num_experts, rows, columns, dtype=FP8, device=self._device)
+        values = torch.zeros(num_experts, rows, columns, dtype=torch.uint8, device=self._device).view(FP8)
         return values, torch.empty(blocks, dtype=torch.float32, device=self._device)

@@ -2,7 +2,8 @@
 
 Between layers every rank of a DP group holds the group's T hidden rows, [T, H]; inside a sparse layer with an all-to-all and
 attention TP each rank holds its share of them. State: `hidden` [T, H] and `residual` [T, H] (None before the first layer) from one
-layer to the next, and for all layers `inputs`, `pool` and `observer`. What an operation leaves when it fails is in blanks.py.
+layer to the next, and for all layers `inputs`, `pool` and `observer`. Normalised rows that only weights in FP8 take are in FP8
+(`kernels/fp8_rows.py`). What an operation leaves when it fails is in blanks.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from moesaic.attention.backend import AttentionBackend
 from moesaic.attention.dp_attention import AttentionTPGroup
 from moesaic.attention.mla import MultiHeadLatentAttention
+from moesaic.kernels.fp8_rows import add_normed_rows, normed_rows
+from moesaic.kernels.gemm import Rows
 from moesaic.kernels.norm import add_rms_norm, rms_norm
 from moesaic.launch.models.forward import ForwardInput
 from moesaic.moe.gate import TopK
@@ -39,8 +42,17 @@ class LayerParts:
     group: AttentionTPGroup
 
 
+def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, fp8: bool) -> tuple[Rows, Tensor]:
+    """norm(x + residual), as FP8 rows or in x's dtype, and the sum."""
+    if residual is None:
+        return normed_rows(x, weight, eps) if fp8 else rms_norm(x, weight, eps), x
+    return add_normed_rows(x, residual, weight, eps) if fp8 else add_rms_norm(x, residual, weight, eps)
+
+
 class DecoderLayer:
-    """Attention half of a layer."""
+    """Attention half of a layer. `feeds_fp8`: its feed-forward takes rows in FP8, and nobody else wants them."""
+
+    feeds_fp8 = False
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
@@ -49,10 +61,7 @@ class DecoderLayer:
     def attention_prepare(self, state: State) -> None:
         parts = self.parts
         hidden, residual = state.take("hidden"), state.take("residual")
-        if residual is None:
-            normed, residual = rms_norm(hidden, parts.input_norm, parts.eps), hidden
-        else:
-            normed, residual = add_rms_norm(hidden, residual, parts.input_norm, parts.eps)
+        normed, residual = _normed(hidden, residual, parts.input_norm, parts.eps, fp8=parts.attention.takes_fp8)
         inputs: ForwardInput = state.peek("inputs")
         state.put("queries", parts.attention.prepare(normed, inputs.metadata, state.peek("pool")))
         state.put("residual", residual)
@@ -62,7 +71,7 @@ class DecoderLayer:
         inputs: ForwardInput = state.peek("inputs")
         attended = parts.attention.core(state.take("queries"), inputs.metadata, state.peek("pool"), parts.backend)
         hidden = parts.group.all_reduce(parts.attention.output(attended))
-        normed, residual = add_rms_norm(hidden, state.take("residual"), parts.post_norm, parts.eps)
+        normed, residual = _normed(hidden, state.take("residual"), parts.post_norm, parts.eps, fp8=self.feeds_fp8)
         state.put("hidden", normed)
         state.put("residual", residual)
 
@@ -74,6 +83,7 @@ class DenseDecoderLayer(DecoderLayer):
         super().__init__(parts)
         self._mlp = mlp
         self.split = split
+        self.feeds_fp8 = mlp.takes_fp8
 
     def feed_forward(self, state: State) -> None:
         hidden = self._mlp(state.take("hidden"))

@@ -17,7 +17,8 @@ class BuildOptions:
     """How to run the model. `fp8_activations`: W8A8 arithmetic for an FP8 checkpoint. alignment: rows per expert block, at least.
 
     `expert_backends`: of the experts' products; the table of kernels/grouped_backends.py chooses if there are several.
-    `fp8_experts`: they keep their FP8 weights and compute in FP8; without it W8A8 is simulated.
+    `fp8_weights`: the checkpoint's FP8 matrices stay as stored and compute in FP8, all but kv_b_proj, the experts' by
+    `expert_backends` and the others' by `fp8_gemm_backends`; without it W8A8 is simulated with dequantised weights.
     `single_batch_overlap`: steps that run straight overlap communication and computation of one batch. `deepep`: for its backends.
     `max_dispatch_tokens` of a rank in a low-latency step, and `make_windows`: where backend `symm` exchanges them.
     """
@@ -26,7 +27,8 @@ class BuildOptions:
     device: str = "cpu"
     max_positions: int = 4096
     expert_backends: tuple[Name, ...] = ("torch",)
-    fp8_experts: bool = False
+    fp8_gemm_backends: tuple[Name, ...] = ("torch",)
+    fp8_weights: bool = False
     fp8_activations: bool = False
     alignment: int = 1
     slots: SlotOptions = field(default_factory=SlotOptions)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moesaic.launch.models.config import ModelConfig
@@ -14,6 +14,8 @@ from moesaic.launch.models.config import ModelConfig
 Kind = Literal["attention", "dense layers", "shared experts", "routed experts", "gates and norms", "embedding and head"]
 Cut = Literal["whole", "attention", "dense", "shared", "expert", "head"]
 FP8_BLOCK = 128
+FP8_KINDS: frozenset[Kind] = frozenset({"attention", "dense layers", "shared experts", "routed experts"})
+"""Of these, FP8 checkpoints store matrices as blocks."""
 KINDS: tuple[Kind, ...] = (
     "attention",
     "dense layers",
@@ -28,7 +30,8 @@ KINDS: tuple[Kind, ...] = (
 class TensorSpec:
     """`shape` of the whole tensor. A rank holds one of the equal parts along `dim` that the layout makes of `cut`.
 
-    `blocks`: released FP8 checkpoints store it as e4m3 with a scale per 128x128. `fp32`: is float32 whatever the dtype.
+    `blocks`: released FP8 checkpoints store it as e4m3 with a scale per 128x128. `absorbed`: it is never computed with in FP8
+    (kv_b_proj, whose halves meet queries and sums of attention). `fp32`: is float32 whatever the dtype.
     """
 
     name: str
@@ -37,6 +40,7 @@ class TensorSpec:
     cut: Cut = "whole"
     dim: int = 0
     blocks: bool = False
+    absorbed: bool = False
     fp32: bool = False
 
     def part(self, parts: int) -> tuple[int, ...]:
@@ -87,7 +91,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
         yield _projection(f"{prefix}.q_b_proj.weight", queries, config.q_lora_rank, "attention")
     yield _projection(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_dim, hidden, "whole")
     yield _norm(f"{prefix}.kv_a_layernorm.weight", latent)
-    yield _projection(f"{prefix}.kv_b_proj.weight", heads * (config.qk_nope_head_dim + config.v_head_dim), latent, "attention")
+    kv_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    yield replace(_projection(f"{prefix}.kv_b_proj.weight", kv_rows, latent, "attention"), absorbed=True)
     yield _projection(f"{prefix}.o_proj.weight", hidden, heads * config.v_head_dim, "attention", dim=1)
 
 

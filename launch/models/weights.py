@@ -105,7 +105,9 @@ class CheckpointWeights:
     def quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> tuple[Tensor, Tensor]:
         value = self._stored(name, shape, shard)
         if value.dtype != FP8:
-            raise CheckpointError(f"{self._path(name)}: {name} has dtype {value.dtype}, wanted {FP8} with scales")
+            raise CheckpointError(
+                f"{self._path(name)}: {name} has dtype {value.dtype}, wanted {FP8} with scales; use --quantization none"
+            )
         scales, starts = self._scales(name, shape, shard)
         if any(start % BLOCK for start in starts):
             raise CheckpointError(

@@ -50,7 +50,9 @@ def test_the_report_shows_mode_sizes_and_queues() -> None:
     assert "deepep, mode auto: normal if any rank prefills, else low_latency, FP8 to the experts, bf16 back" in row
     assert "up to 128 tokens per rank in low-latency steps" in row
     assert "NVLink buffer" in row and "RDMA buffer" in row and "32 QPs per rank of depth 1024 (NVSHMEM_QP_DEPTH)" in row
-    assert "deepep_v2, mode normal, bf16, buffer" in _row(settle(moe_a2a_backend="deepep_v2", deepep_mode="normal"))
+    assert "deepep_v2, mode normal, bf16, buffer" in _row(
+        settle(moe_a2a_backend="deepep_v2", deepep_mode="normal", quantization="none")
+    )
 
 
 def test_the_ranks_are_told_modes_tokens_and_tuning() -> None:

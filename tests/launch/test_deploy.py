@@ -31,6 +31,7 @@ from moesaic.launch.memory_parts import MemoryInputs
 from moesaic.launch.memory_plan import plan_memory
 from moesaic.launch.model_rules import model_conflicts
 from moesaic.launch.models.config import parse_model_config
+from moesaic.launch.models.tensors import FP8_KINDS
 from moesaic.launch.resolution import resolve
 from moesaic.launch.router_cli import router_command
 from moesaic.launch.startup import model_shape
@@ -55,7 +56,7 @@ def check_served(configs: list[ServerConfig]) -> None:
     if config.disaggregation_mode == "decode":
         alone = replace(alone, deepep_mode="low_latency", chunked_prefill_size=16 * config.dp_size)
     resolution = resolve(alone, shape, Hardware(num_cores=64, num_cuda_devices=8, deepep_missing=None))
-    assert resolution.config.moe_a2a_backend == "deepep" and resolution.config.fp8_experts
+    assert resolution.config.moe_a2a_backend == "deepep" and resolution.config.fp8_weights
     inputs = MemoryInputs(
         model=MODEL,
         topology=resolution.topology,
@@ -63,7 +64,7 @@ def check_served(configs: list[ServerConfig]) -> None:
         num_slots=MODEL.n_routed_experts + config.ep_num_redundant_experts,
         experts_move=config.enable_eplb,
         graph_batch_sizes=resolution.config.cuda_graph_rows,
-        fp8=frozenset({"routed experts"}),
+        fp8=FP8_KINDS,
         communication=partial(deepep_memory, MODEL, MODEL.n_routed_experts + config.ep_num_redundant_experts),
     )
     refuse_memory(inputs, plan_memory(inputs, H200))

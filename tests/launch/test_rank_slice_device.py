@@ -65,7 +65,8 @@ def test_on_a_gpu_every_kernel_takes_what_the_real_sizes_give_it(words: str, mon
     case = next(case for case in all_cases() if case.name == words)
     config = replace(DEEPSEEK_V3, num_hidden_layers=4)
     place = case.place(config)
-    weights = WeightMaker(config, torch.bfloat16, META, None).make(num_slots=place.num_local, max_positions=8192)
+    maker = WeightMaker(config, torch.bfloat16, META, None, fp8_gemm="triton")
+    weights = maker.make(num_slots=place.num_local, max_positions=8192)
     group = ShapesOnly(
         place=place,
         wire=HostWire(),
@@ -81,4 +82,7 @@ def test_on_a_gpu_every_kernel_takes_what_the_real_sizes_give_it(words: str, mon
     names = [launch.kernel.fn.__name__ for launch in launches]
     # Four layers' down, query and output products, three dense layers' two, the shared and the routed experts' two.
     assert names.count("_grouped_kernel") == 4 * 3 + 3 * 2 + 2 + 2
+    assert "_swiglu_kernel" not in names, "what lies between two products is made in FP8"
+    quantized = sum(launch.arguments["QUANTIZES"] for launch in launches if launch.kernel.fn.__name__ == "_rms_norm_kernel")
+    assert quantized == 4 * 2 + 3, "what enters the projections, and dense layers, comes from its norm in FP8"
     assert names.count("_split_kernel" if case.phase == "decode" else "_prefill_kernel") == 4

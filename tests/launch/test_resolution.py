@@ -224,12 +224,61 @@ def test_on_a_gpu_experts_are_computed_by_what_fits_and_the_table_chooses_among_
         settle(hardware=Hardware(num_cores=1, num_cuda_devices=8), dtype="float32", moe_runner_backend="cutlass")
 
 
-def test_w8a8_on_a_gpu_keeps_experts_in_fp8_and_wants_whole_blocks() -> None:
-    assert settle(FP8_SHAPE, hardware=GPU_BOX, quantization="fp8").config.fp8_experts
-    assert not settle(FP8_SHAPE, quantization="fp8").config.fp8_experts
-    ragged = replace(FP8_SHAPE, moe_intermediate_size=192)
-    with pytest.raises(ConfigError, match="multiples of 128, and a rank's part of moe_intermediate_size is 192"):
-        settle(ragged, hardware=GPU_BOX, quantization="fp8")
+@pytest.mark.parametrize("quantization", ["auto", "fp8"])
+def test_an_fp8_checkpoint_computes_in_fp8_on_a_gpu_and_the_report_says_what_does_not(quantization: str) -> None:
+    resolution = settle(FP8_SHAPE, hardware=GPU_BOX, quantization=quantization)
+    assert resolution.config.quantization == "fp8" and resolution.config.fp8_weights
+    assert resolution.config.fp8_gemm_backends == resolution.config.moe_runner_backends == ("triton",)
+    words = row(resolution, "quantisation")
+    assert "attention projections, dense layers, shared and routed experts; the rest in bfloat16" in words["chosen"]
+    assert words["refused"][0]["candidate"] == "kv_b_proj in FP8" and not words["automatic_downgrade"]
+    assert row(resolution, "FP8 linear layers")["refused"] == [{"candidate": "deep_gemm", "reason": "no module"}]
+    in_float32 = settle(FP8_SHAPE, Hardware(num_cores=1, num_cuda_devices=1), quantization=quantization, dtype="float32").config
+    assert in_float32.fp8_gemm_backends == in_float32.moe_runner_backends == ("triton",), "the others give bfloat16 alone"
+    assert not settle(FP8_SHAPE, quantization="fp8").config.fp8_weights, "simulated on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "reason"),
+    [
+        ({"hidden_size": 192}, {}, "weights in FP8 want multiples of 128, and hidden_size is 192 (--quantization none)"),
+        ({"q_lora_rank": 200}, {}, "multiples of 16 bytes, and q_lora_rank is 200"),
+        ({"qk_head_dim": 80}, {"tp_size": 2, "ep_size": 2}, "attention TP cuts num_heads x query head dim = 640 into 2 parts"),
+        ({"num_shared_experts": 1}, {"tp_size": 2, "ep_size": 2}, "attention TP cuts the shared experts' width = 128 into 2 parts"),
+    ],
+)
+def test_sizes_that_fp8_does_not_suit_are_dequantised_or_refused(changes: Any, flags: Any, reason: str) -> None:
+    shape = replace(FP8_SHAPE, **changes)
+    left = settle(shape, GPU_BOX, **flags)
+    words = row(left, "quantisation")
+    assert left.config.quantization == "none" and words["automatic_downgrade"]
+    assert reason in words["refused"][0]["reason"]
+    with pytest.raises(ConfigError) as caught:
+        settle(shape, GPU_BOX, quantization="fp8", **flags)
+    assert reason.partition(" (")[0] in str(caught.value)
+
+
+def test_a_gpu_without_fp8_kernels_dequantises_unless_told_otherwise() -> None:
+    left = settle(FP8_SHAPE, BARE_GPU_BOX)
+    assert left.config.quantization == "none" and left.config.fp8_gemm_backends == ("torch",)
+    (refused,) = row(left, "quantisation")["refused"]
+    assert refused["reason"] == "no kernels for it: deep_gemm sm_80; triton sm_80"
+    told = settle(FP8_SHAPE, BARE_GPU_BOX, quantization="fp8")
+    assert told.config.fp8_weights and row(told, "FP8 linear layers")["automatic_downgrade"]
+
+
+def test_a_backend_of_fp8_products_that_can_not_run_or_has_nothing_to_do_is_refused() -> None:
+    assert settle(FP8_SHAPE, GPU_BOX, fp8_gemm_backend="triton").config.fp8_gemm_backends == ("triton",)
+    both = settle(FP8_SHAPE, Hardware(num_cores=1, num_cuda_devices=1))
+    assert both.config.fp8_gemm_backends == ("deep_gemm", "triton")
+    assert row(both, "FP8 linear layers")["chosen"].startswith("by shape among deep_gemm, triton (not measured")
+    for shape, box, message in (
+        (FP8_SHAPE, GPU_BOX, "--fp8-gemm-backend deep_gemm: no module; use --fp8-gemm-backend auto or torch"),
+        (SHAPE, GPU_BOX, "--fp8-gemm-backend deep_gemm: nothing is computed in FP8"),
+        (FP8_SHAPE, LAPTOP, "--fp8-gemm-backend deep_gemm: the device is cpu"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settle(shape, box, fp8_gemm_backend="deep_gemm")
 
 
 def test_a_gpu_that_can_not_be_asked_leaves_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +315,7 @@ def test_too_few_gpus_are_named() -> None:
         settle(hardware=Hardware(num_cores=8, num_cuda_devices=2), tp_size=4, device="cuda")
 
 
-def test_an_fp8_checkpoint_is_dequantised_unless_w8a8_is_asked_for() -> None:
+def test_an_fp8_checkpoint_is_dequantised_on_a_cpu_unless_w8a8_is_asked_for() -> None:
     assert settle(FP8_SHAPE).config.quantization == "none"
     assert "dequantised to float32" in row(settle(FP8_SHAPE), "quantisation")["chosen"]
     assert settle(FP8_SHAPE, quantization="fp8").config.quantization == "fp8"

@@ -57,7 +57,7 @@ class EngineSettings:
     policy: str = "fcfs"
     prefix_cache: bool = True
     fp8_activations: bool = False
-    fp8_experts: bool = False
+    fp8_weights: bool = False
     alignment: int = 1
     load_format: str = "safetensors"
     dtype: torch.dtype = torch.float32
@@ -117,7 +117,7 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
-            fp8_experts=settings.fp8_experts,
+            fp8_weights=settings.fp8_weights,
             max_dispatch_tokens=settings.cap,
             make_windows=shared_windows,
             alignment=settings.alignment,

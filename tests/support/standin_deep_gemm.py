@@ -1,4 +1,4 @@
-"""A stand-in for the library DeepGEMM on CPU: its grouped products' signatures, layouts and refusals (2.6.1), computed by torch.
+"""A stand-in for the library DeepGEMM on CPU: its products' signatures, layouts and refusals (2.6.1), computed by torch.
 
 For tests of the adapter only. Refuses what the library asserts on Hopper; rows that the library leaves alone stay as they were.
 """
@@ -111,6 +111,15 @@ def m_grouped_bf16_gemm_nt_masked(a: Tensor, b: Tensor, d: Tensor, masked_m: Ten
     _masked(a, b, d, masked_m, expected_m, rows=a.float(), weights=b.float())
 
 
+def fp8_gemm_nt(a: FP8Pair, b: FP8Pair, d: Tensor) -> None:
+    for x in (a[0], b[0], d):
+        _check_major(x)
+    _require(d.dtype is torch.bfloat16, "d.scalar_type() == torch::kBFloat16")
+    _require(tuple(d.shape) == (len(a[0]), len(b[0])) and a[0].shape[1] == b[0].shape[1], "m == m_ and n == n_ and k == k_")
+    weight, scales = b
+    d.copy_(_left(a) @ _right((weight[None], scales[None]))[0].t())
+
+
 def get_mk_alignment_for_contiguous_layout() -> int:
     return 128
 
@@ -120,6 +129,7 @@ FUNCTIONS = (
     m_grouped_fp8_gemm_nt_masked,
     m_grouped_bf16_gemm_nt_contiguous,
     m_grouped_bf16_gemm_nt_masked,
+    fp8_gemm_nt,
     get_mk_alignment_for_contiguous_layout,
 )
 

@@ -129,3 +129,26 @@ def test_bfloat16_stays_near_the_oracle_in_two_layouts(tiny: Callable[..., TinyM
 
 def test_tokens_equal_the_oracle_with_torchs_attention_for_prompts(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
     _check(tiny("plain"), rank_pool, ("dp2-ep2", "torch", "auto"), 7, prefill_backend="torch_native")
+
+
+BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "n_shared_experts": 2}
+HEADS = {"qk_nope_head_dim": 48, "v_head_dim": 64, "num_hidden_layers": 2}
+
+
+def test_weights_that_stay_in_fp8_say_what_the_simulation_says(tiny: Callable[..., TinyModel], rank_pool: RankPool) -> None:
+    """Alone with sizes that end inside blocks, and with attention TP that cuts whole ones. The device's path, on CPU tensors.
+
+    A value between two that FP8 can hold may be rounded either way, so one request of six may part.
+    """
+    for sizes, layout in (({}, {}), (BLOCKS | HEADS, {"tp": 2, "ep": 2})):
+        model = tiny("fp8", **sizes)
+        requests = [greedy_request(i, prompt, NUM_TOKENS, logprob_start_len=0) for i, prompt in enumerate(_prompts())]
+        tokens, logprobs = [], []
+        for kept in (False, True):
+            settings = EngineSettings(model_path=str(model.folder), fp8_activations=True, fp8_weights=kept, **layout)
+            finished = merged(rank_pool.run(settings.tp, engine_job, settings, [requests]))
+            tokens.append([finished[i].tokens for i in range(len(requests))])
+            logprobs.append(torch.tensor([each.logprob for i in range(len(requests)) for each in finished[i].prompt_logprobs[1:]]))
+        torch.testing.assert_close(*logprobs, rtol=0, atol=0.1)
+        assert (logprobs[0] - logprobs[1]).abs().mean() < 0.02
+        assert sum(one == other for one, other in zip(*tokens, strict=True)) >= len(requests) - 1

@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_engine_over_collectives(
             a2a=a2a,
             cap=4,
             fp8_activations=True,
-            fp8_experts=True,
+            fp8_weights=True,
             split_from=SplitThresholds(decode=2) if split else SplitThresholds(),
             graph_rows=(1, 4) if graphs and a2a == "symm" else (),
         )
@@ -59,7 +59,7 @@ def test_fp8_experts_take_their_scales_along_when_they_move(rank_pool: RankPool,
         dp=2,
         a2a="torch",
         fp8_activations=True,
-        fp8_experts=True,
+        fp8_weights=True,
         slots=SlotOptions(location=place),
     )
     moving = replace(

@@ -157,10 +157,10 @@ def test_a_build_without_one_tensor_or_with_a_wrong_one_is_refused_by_name(damag
         _build(config, CheckpointWeights(damaged))
 
 
-@pytest.mark.parametrize("fp8_experts", [False, True])
-def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_experts: bool) -> None:
+@pytest.mark.parametrize("fp8_weights", [False, True])
+def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_weights: bool) -> None:
     folder = tiny("fp8", moe_intermediate_size=128, n_routed_experts=8, num_hidden_layers=2).folder
-    config, options = load_model_config(folder), BuildOptions(max_positions=64, fp8_experts=fp8_experts)
+    config, options = load_model_config(folder), BuildOptions(max_positions=64, fp8_weights=fp8_weights)
     real, dummy = Listening(CheckpointWeights(folder)), Listening(DummyWeights())
     for source in (real, dummy):
         DeepseekV3Builder(config, source, ParallelContext(), TorchBackend(), options).build()
@@ -172,9 +172,26 @@ def test_an_unknown_dispatch_backend_and_experts_that_cut_blocks_are_refused(tin
     config = load_model_config(tiny("plain").folder)
     with pytest.raises(ValueError, match="'pplx' is not built; choose one of none, torch, symm, deepep, deepep_v2"):
         _build(config, DummyWeights(), a2a_backend="pplx")
-    options = BuildOptions(max_positions=64, fp8_experts=True)
-    with pytest.raises(ValueError, match="this rank's part of an expert is 32 wide, wanted a multiple of 128"):
-        DeepseekV3Builder(config, DummyWeights(), ParallelContext(), TorchBackend(), options).build()
+    options = BuildOptions(max_positions=64, fp8_weights=True)
+    with pytest.raises(ValueError, match="this rank's part of an expert is 16 wide, wanted a multiple of 128"):
+        DeepseekV3Builder(config, DummyWeights(), ParallelContext(moe_tp_size=2), TorchBackend(), options).build()
+
+
+def test_an_fp8_matrix_that_no_backend_takes_and_one_that_is_not_fp8_are_refused_by_name(tiny: Tiny) -> None:
+    for variant, backend, message in (
+        (
+            "fp8",
+            "deep_gemm",
+            r"q_a_proj.weight: no FP8 product: deep_gemm wants .* of multiples of 64 and 128, and a weight is \[48",
+        ),
+        ("plain", "torch", "q_a_proj.weight has dtype torch.float32, wanted torch.float8_e4m3fn with scales.* --quantization none"),
+    ):
+        folder = tiny(variant).folder
+        options = BuildOptions(max_positions=64, fp8_weights=True, fp8_gemm_backends=(backend,))  # type: ignore[arg-type]
+        with pytest.raises((ValueError, CheckpointError), match=message):
+            DeepseekV3Builder(
+                load_model_config(folder), CheckpointWeights(folder), ParallelContext(), TorchBackend(), options
+            ).build()
 
 
 LOADER = """
