@@ -44,6 +44,8 @@ def _obstacle(config: ServerConfig, resolved: ResolvedConfig) -> tuple[str, bool
     """Why there are none, and whether that is a loss on this server."""
     if resolved.device == "cpu":
         return "the device is cpu", False
+    if resolved.communication_backend == "staged":
+        return f"--ranks-per-gpu {resolved.ranks_per_gpu}: messages pass through host memory, which a graph can't hold", True
     if resolved.dispatch_mode == "normal":
         return "normal dispatch waits for counts on the CPU", config.disaggregation_mode != "prefill"
     if resolved.moe_a2a_backend not in CAPTURABLE_BACKENDS:

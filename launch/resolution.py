@@ -37,6 +37,7 @@ from moesaic.launch.overlap_rules import overlap_conflicts
 from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
 from moesaic.launch.runner_choice import resolve_runners
+from moesaic.launch.shared_gpu_rules import communication, gpus_per_node, shared_gpu_conflicts, too_few_gpus
 from moesaic.launch.symm_rules import symm_conflicts
 from moesaic.launch.topology import ModelShape, Topology
 from moesaic.moe.deepep_config import DeepEPSettings
@@ -77,19 +78,21 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     )
     kv_dtype, kv_choice = _resolve_kv_dtype(config, device, dtype)
     prefill, prefill_choice = resolve_prefill(config, device, hardware)
-    refuse(symm_conflicts(config, device, hardware))
+    refuse([*symm_conflicts(config, device, hardware), *shared_gpu_conflicts(config, device)])
     refuse_missing(config, device, hardware)
     mode, mode_choice = _resolve_dispatch(config)
     transfer_backend, role_choices = resolve_backend(config, device)
+    communication_backend, communication_choice = communication(config, device, topology)
     resolved = ResolvedConfig(
         model_path=config.model_path,
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
         device=device,
+        ranks_per_gpu=config.ranks_per_gpu,
         dtype=dtype,
         kv_dtype=kv_dtype,
         quantization=quantization,
         context_length=_context_length(config, shape),
-        communication_backend="gloo" if device == "cpu" else "nccl",
+        communication_backend=communication_backend,
         attention_backend="torch",
         prefill_attention_backend=prefill,
         moe_a2a_backend=config.moe_a2a_backend,
@@ -129,7 +132,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
     choices = (
         device_choice,
         dtype_choice,
-        Choice(capability="communication", chosen=resolved.communication_backend),
+        communication_choice,
         _attention_choice(config, device),
         mode_choice,
         runner_choice,
@@ -150,10 +153,10 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
 def _resolve_device(config: ServerConfig, topology: Topology, hardware: Hardware) -> tuple[DeviceName, Choice]:
     if config.device == "cpu":
         return "cpu", Choice(capability="device", chosen=f"cpu ({hardware.num_cores} cores)")
-    wanted = topology.ranks_per_node
+    wanted = gpus_per_node(config, topology)
     reason = hardware.cuda_missing
     if 0 < hardware.num_cuda_devices < wanted:
-        reason = f"{wanted} ranks per node, and torch sees {hardware.num_cuda_devices} CUDA devices"
+        reason = too_few_gpus(config, topology, hardware.num_cuda_devices)
     if hardware.num_cuda_devices >= wanted:
         return "cuda", Choice(capability="device", chosen=f"cuda ({hardware.num_cuda_devices} devices)")
     if config.device == "cuda":

@@ -26,6 +26,7 @@ from moesaic.launch.preflight.limits import Needs, check_limits
 from moesaic.launch.preflight.model_files import check_model
 from moesaic.launch.preflight.network import check_network
 from moesaic.launch.preflight.ports import check_ports
+from moesaic.launch.shared_gpu_rules import gpus_per_node
 from moesaic.launch.startup import Plan, make_plan, shared_settings
 from moesaic.launch.topology import Topology
 
@@ -108,7 +109,7 @@ def check_machine(config: ServerConfig, *, cuda: bool) -> Iterator[Finding]:
     needs = needs_of(config, cuda=cuda)
     deepep = config.moe_a2a_backend.startswith("deepep")
     yield from check_limits(needs)
-    yield from check_devices(needed=cuda, ranks_per_node=needs.ranks_per_node, deepep=deepep)
+    yield from check_devices(needed=cuda, num_wanted=gpus_per_node(config, Topology.from_config(config)), deepep=deepep)
     yield from check_network(config.dist_init_addr if config.nnodes > 1 else None, rdma=needs.rdma, deepep=deepep)
 
 
