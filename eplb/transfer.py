@@ -75,6 +75,7 @@ class ProcessGroupWire:
         self._waiters = _Waiters()
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self._answers = "nccl" in dist.get_backend(group)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> Exchange:
         """See Wire. The tensors are kept alive until the exchange has ended."""
@@ -85,7 +86,7 @@ class ProcessGroupWire:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise TransferError(f"messages to GPU {posts[0][1][0]} could not be posted: {error}") from error
-        if tensors[0].is_cuda:
+        if self._answers and tensors[0].is_cuda:
             return _DeviceExchange(works, tensors)
         exchange = _WaitedExchange(works, tensors)
         self._waiters.wait_for(exchange)
@@ -93,7 +94,7 @@ class ProcessGroupWire:
 
 
 class _WaitedExchange:
-    """gloo's messages complete only for who waits (`is_completed` stays False), so another thread does that."""
+    """gloo's messages (of any device) complete only for who waits (`is_completed` stays False), so another thread does that."""
 
     def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
         self._works = works
@@ -136,7 +137,7 @@ class _Waiters:
 
 
 class _DeviceExchange:
-    """Messages of a device, whose works answer without a wait."""
+    """NCCL's messages, which answer without a wait."""
 
     def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
         self._works = works

@@ -6,7 +6,6 @@ Knows flags, the model's numbers and the machine's; imports no torch. Raises Con
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moesaic.kernels.grouped_backends import Kind, Name
 from moesaic.kernels.native.build import SWITCH_VARIABLE
@@ -15,9 +14,8 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.fp8_choice import Quantization, resolve_fp8_gemm, resolve_quantization
 from moesaic.launch.hardware import Hardware
 from moesaic.launch.report import Choice
+from moesaic.launch.shared_gpu_rules import Communication, communication, gpus_per_node, too_few_gpus
 from moesaic.launch.topology import ModelShape, Topology
-
-Communication = Literal["gloo", "nccl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,7 @@ def choose_compute(config: ServerConfig, shape: ModelShape, topology: Topology, 
     quantization, quantization_row = resolve_quantization(config, shape, device, dtype, hardware)
     fp8_gemms, fp8_gemm_row = resolve_fp8_gemm(config, device, quantization, dtype, hardware)
     kv_dtype, kv_row = _kv_dtype(config, device, dtype)
-    communication: Communication = "gloo" if device == "cpu" else "nccl"
-    communication_row = Choice(capability="communication", chosen=communication)
+    carrier, communication_row = communication(config, device, topology)
     kernels_row = _cpu_kernels_row(hardware, device)
     rows = (device_row, kernels_row, dtype_row, quantization_row, fp8_gemm_row, kv_row, communication_row)
     return Compute(
@@ -55,7 +52,7 @@ def choose_compute(config: ServerConfig, shape: ModelShape, topology: Topology, 
         quantization=quantization,
         fp8_gemms=fp8_gemms,
         kv_dtype=kv_dtype,
-        communication=communication,
+        communication=carrier,
         rows=tuple(row for row in rows if row is not None),
     )
 
@@ -63,10 +60,10 @@ def choose_compute(config: ServerConfig, shape: ModelShape, topology: Topology, 
 def _device(config: ServerConfig, topology: Topology, hardware: Hardware) -> tuple[DeviceName, Choice]:
     if config.device == "cpu":
         return "cpu", Choice(capability="device", chosen=f"cpu ({hardware.num_cores} cores)")
-    wanted = topology.ranks_per_node
+    wanted = gpus_per_node(config, topology)
     reason = hardware.cuda_missing
     if 0 < hardware.num_cuda_devices < wanted:
-        reason = f"{wanted} ranks per node, and torch sees {hardware.num_cuda_devices} CUDA devices"
+        reason = too_few_gpus(config, topology, hardware.num_cuda_devices)
     if hardware.num_cuda_devices >= wanted:
         return "cuda", Choice(capability="device", chosen=f"cuda ({hardware.num_cuda_devices} devices)")
     if config.device == "cuda":

@@ -112,6 +112,7 @@ class ServerConfig:
     cuda_graph_max_bs: int | None = None
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    ranks_per_gpu: int = 1
     attention_backend: Literal["auto", "torch"] = "auto"
     prefill_attention_backend: Literal["auto", "triton", "torch_native", "flashinfer"] = "auto"
     num_threads: int | None = None
@@ -132,6 +133,8 @@ class ResolvedConfig:
     `two_batch_overlap`: from which step sizes on is measured when the ranks start, or read (`RankSpec.calibration`);
     `single_batch_overlap` holds for the steps that run straight. `overlap_schedule`: a step's results are handled while
     the next one computes.
+    `communication_backend`: "staged" is gloo with device tensors passing through host memory (`launch/engine/staged_group.py`).
+    `ranks_per_gpu`: consecutive ranks of a node that share a device.
     `moe_runner_backends`: what computes the experts' products; of several the table of kernels/grouped_backends.py chooses
     by the product's shape. `fp8_gemm_backends`: the same for all other FP8 products.
     `deepep`: what DeepEP is made with, where it is the `moe_a2a_backend`.
@@ -143,11 +146,12 @@ class ResolvedConfig:
     model_path: str
     load_format: Literal["safetensors", "dummy"]
     device: DeviceName
+    ranks_per_gpu: int
     dtype: DTypeName
     kv_dtype: KVDTypeName
     quantization: Literal["none", "fp8"]
     context_length: int
-    communication_backend: Literal["gloo", "nccl"]
+    communication_backend: Literal["gloo", "nccl", "staged"]
     attention_backend: Literal["torch"]
     prefill_attention_backend: PrefillBackend
     moe_a2a_backend: A2ABackend

@@ -260,6 +260,11 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "what computes a prompt's attention; auto: flashinfer where it is installed, else our kernels",
             *("auto", "triton", "torch_native", "flashinfer"),
         ),
+        flag(
+            "--ranks-per-gpu",
+            "ranks that share a GPU, to try a layout on few GPUs: their messages pass through host memory, slowly (1)",
+            positive_int,
+        ),
         flag("--num-threads", "CPU threads per rank (cores / ranks of this node)", positive_int),
         flag("--random-seed", "seed of the seeds that requests without one get (default: chance)", rank_number),
         flag(

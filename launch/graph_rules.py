@@ -10,6 +10,7 @@ from moesaic.launch.dispatch_limits import StepSizes
 from moesaic.launch.engine.graph_plan import graph_rows
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.report import Choice
+from moesaic.launch.shared_gpu_rules import shares_gpus
 from moesaic.launch.topology import Topology
 
 CAPTURABLE_BACKENDS = frozenset({"deepep", "deepep_v2", "symm"})
@@ -22,7 +23,7 @@ def choose_graphs(
     """Rows of the steps to capture, () for none, and the report's row. Raises ConfigError for sizes that can't be."""
     if config.disable_cuda_graph:
         return (), Choice(capability="CUDA graphs", chosen="off", refused=(("on", "--disable-cuda-graph"),))
-    obstacle = _obstacle(config, device, mode)
+    obstacle = _obstacle(config, device, mode, topology)
     if obstacle is not None:
         reason, is_loss = obstacle
         off = Choice(
@@ -41,10 +42,12 @@ def choose_graphs(
     return rows, Choice(capability="CUDA graphs", chosen=f"decode steps of {_in_words(rows)} requests per DP rank")
 
 
-def _obstacle(config: ServerConfig, device: DeviceName, mode: DispatchMode) -> tuple[str, bool] | None:
+def _obstacle(config: ServerConfig, device: DeviceName, mode: DispatchMode, topology: Topology) -> tuple[str, bool] | None:
     """Why there are none, and whether that is a loss on this server."""
     if device == "cpu":
         return "the device is cpu", False
+    if shares_gpus(config, topology):
+        return f"--ranks-per-gpu {config.ranks_per_gpu}: messages pass through host memory, which a graph can't hold", True
     if mode == "normal":
         return "normal dispatch waits for counts on the CPU", config.disaggregation_mode != "prefill"
     if config.moe_a2a_backend not in CAPTURABLE_BACKENDS:

@@ -28,6 +28,7 @@ from moesaic.launch.report import Choice, refuse_downgrades
 from moesaic.launch.role_plan import resolve_backend, role_flag_conflicts
 from moesaic.launch.runner_choice import resolve_runners
 from moesaic.launch.scheduling_choice import choose_overlap_schedule, context_length, prefix_cache_row, size_conflicts, step_sizes
+from moesaic.launch.shared_gpu_rules import shared_gpu_conflicts
 from moesaic.launch.symm_rules import symm_conflicts
 from moesaic.launch.topology import ModelShape, Topology
 from moesaic.moe.deepep_config import DeepEPSettings
@@ -81,7 +82,7 @@ def _settle(config: ServerConfig, shape: ModelShape, topology: Topology, hardwar
     device = compute.device
     runners, runner_row = resolve_runners(config, device, compute.expert_kind, compute.dtype, hardware)
     prefill, prefill_row = resolve_prefill(config, device, hardware)
-    refuse(symm_conflicts(config, device, compute.quantization, hardware))
+    refuse([*symm_conflicts(config, device, compute.quantization, hardware), *shared_gpu_conflicts(config, device)])
     refuse_missing(config, device, hardware)
     transfer, role_rows = resolve_backend(config, device)
     mode = dispatch_mode(config)
@@ -113,6 +114,7 @@ def _resolved(config: ServerConfig, settled: _Settled, num_threads: int) -> Reso
         model_path=config.model_path,
         load_format="safetensors" if config.load_format == "auto" else config.load_format,
         device=compute.device,
+        ranks_per_gpu=config.ranks_per_gpu,
         dtype=compute.dtype,
         kv_dtype=compute.kv_dtype,
         quantization=compute.quantization,

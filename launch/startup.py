@@ -17,7 +17,7 @@ from moesaic.launch.args import resolve_model_path
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.conflicts import refuse
 from moesaic.launch.deepep_rules import deepep_memory
-from moesaic.launch.engine.memory import DeviceMemory, measure_memory
+from moesaic.launch.engine.memory import DeviceMemory, measure_memory, sharers
 from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
@@ -120,15 +120,16 @@ def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertP
 
 
 def _memory_of_a_rank(resolution: Resolution, host: DeviceMemory) -> DeviceMemory | None:
-    """The GPU with the least, or a rank's share of this node's memory (`host`); None where nvidia-smi can't say."""
+    """A rank's share of the GPU with the least, or of this node's memory (`host`); None where nvidia-smi can't say."""
     if resolution.config.device == "cpu":
         return host
+    num_sharers = sharers(resolution.config, resolution.topology)
     try:
         gpus = query_gpus()
     except OSError:
         return None
     least = min(gpus, key=lambda gpu: gpu.free, default=None)
-    return None if least is None else DeviceMemory(total=least.total, free=least.free)
+    return None if least is None else DeviceMemory(total=least.total // num_sharers, free=least.free // num_sharers)
 
 
 def model_shape(model: ModelConfig) -> ModelShape:

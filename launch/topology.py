@@ -49,7 +49,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Where one rank stands in every grouping. `local_rank` counts within its node and is the device index on CUDA."""
+    """Where one rank stands in every grouping. `local_rank` counts within its node."""
 
     rank: int
     node_rank: int

@@ -7,6 +7,7 @@ dispatch to its combine; two micro-batches in turns need two. Not run on hardwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moesaic.kernels.peer_exchange import OPERATIONS, PeerLate, PeerLayout, Peer
 from moesaic.moe.dispatch_mode import DispatchMode
 
 NUM_WINDOWS = 2
+MEETING_S = 60
 MakeWindows = Callable[[PeerLayout, int, dist.ProcessGroup | None, str], Sequence[PeerWindow]]
 """(layout, this rank, its group, its device) -> its windows; collective."""
 
@@ -40,7 +42,7 @@ def symmetric_windows(layout: PeerLayout, rank: int, group: dist.ProcessGroup | 
         import torch.distributed._symmetric_memory as symmetric
 
         memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=torch.device(device)).zero_()
-        handle: Any = symmetric.rendezvous(memory, group)
+        handle: Any = symmetric.rendezvous(memory, _meeting_group(group))
     except (ImportError, RuntimeError) as error:
         raise NoPeerMemoryError(
             f"--moe-a2a-backend symm: {num_bytes} bytes of symmetric memory can't be had: {error}; all ranks must be on one node "
@@ -49,6 +51,19 @@ def symmetric_windows(layout: PeerLayout, rank: int, group: dist.ProcessGroup | 
     torch.cuda.synchronize(device)
     dist.barrier(group)  # nobody writes before everybody's zeros are there
     return windows_in(memory, layout, rank, [address + handle.offset for address in handle.buffer_ptrs])
+
+
+def _meeting_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Where torch's symmetric memory finds the ranks' store: `group`, but for one written in Python, which has none that C++ sees.
+
+    Then it is a new group of the same ranks. Collective.
+    """
+    if type(group) is dist.ProcessGroup:
+        return group
+    meeting: dist.ProcessGroup = dist.new_group(
+        dist.get_process_group_ranks(group), backend="gloo", timeout=timedelta(seconds=MEETING_S), use_local_synchronization=True
+    )
+    return meeting
 
 
 def windows_in(memory: Tensor, layout: PeerLayout, rank: int, addresses: Sequence[int]) -> list[PeerWindow]:

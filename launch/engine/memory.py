@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 from moesaic.launch.config import ResolvedConfig
+from moesaic.launch.topology import Topology
 
 MAX_DEFAULT_TOKENS = 1 << 20
 """More than this per DP rank is allocated on a CPU only on demand (`--max-total-tokens`): other programs use the memory too."""
@@ -16,21 +17,26 @@ MAX_DEFAULT_TOKENS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """Of one rank, in bytes: of its GPU, or on a CPU its share of what could be had now without swapping (then both are equal)."""
+    """Of one rank, in bytes: its share of its GPU, or on a CPU of what could be had now without swapping (then both are equal)."""
 
     total: int
     free: int
 
 
-def measure_memory(device: str, ranks_per_node: int) -> DeviceMemory:
-    """`device`: "cpu" or "cuda:0", whose context this process then has."""
+def sharers(config: ResolvedConfig, topology: Topology) -> int:
+    """How many ranks have a memory together: those of a node on a CPU, those of a GPU."""
+    return topology.ranks_per_node if config.device == "cpu" else min(config.ranks_per_gpu, topology.ranks_per_node)
+
+
+def measure_memory(device: str, num_sharers: int) -> DeviceMemory:
+    """`device`: "cpu" or "cuda:0", whose context this process then has. num_sharers: ranks whose memory it is, equally."""
     if device == "cpu":
-        share = available_bytes() // ranks_per_node
+        share = available_bytes() // num_sharers
         return DeviceMemory(total=share, free=share)
     import torch
 
     free, total = torch.cuda.mem_get_info(torch.device(device))
-    return DeviceMemory(total=total, free=free)
+    return DeviceMemory(total=total // num_sharers, free=free // num_sharers)
 
 
 def kv_budget_bytes(config: ResolvedConfig, memory: DeviceMemory) -> int:

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from moesaic.launch.engine.staged_group import STAGED, register_staged
 from moesaic.launch.models.parallel import ParallelContext
 from moesaic.launch.topology import RankPlace, Topology
 
@@ -16,6 +17,8 @@ def join_process_groups(topology: Topology, place: RankPlace, *, init_method: st
     """Rendezvous of all ranks. Raises RuntimeError naming rank and address when it isn't complete in time."""
     if topology.world_size == 1:
         return
+    if backend == STAGED:
+        register_staged()
     # Step headers and counts travel between CPUs in any case.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     try:

@@ -22,7 +22,14 @@ from moesaic.launch.engine.calibration import Calibration, settle_profile
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
 from moesaic.launch.engine.graph_plan import GraphPlan, table_widths
-from moesaic.launch.engine.memory import kv_budget_bytes, measure_memory, plan_num_host_pages, plan_num_pages
+from moesaic.launch.engine.memory import (
+    DeviceMemory,
+    kv_budget_bytes,
+    measure_memory,
+    plan_num_host_pages,
+    plan_num_pages,
+    sharers,
+)
 from moesaic.launch.engine.messages import OverlapProfile, Progress, Ready
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import (
@@ -100,7 +107,7 @@ class RankStartup:
         parallel, groups = self._join()
         runner = self._load(parallel, phases)
         phases.enter("allocate KV")
-        budget = kv_budget_bytes(config, measure_memory(self._device(), spec.topology.ranks_per_node))
+        budget = kv_budget_bytes(config, self._memory(parallel))
         num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, budget), parallel)
         host_kv_gb = 0.0 if spec.role is None else spec.role.host_kv_gb
         runner.allocate_kv(num_pages, plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages))
@@ -197,8 +204,15 @@ class RankStartup:
         """This rank's device; on CUDA also the one that new streams and groups of this process use."""
         if self._spec.config.device == "cpu":
             return "cpu"
-        torch.cuda.set_device(self._spec.place.local_rank)
-        return f"cuda:{self._spec.place.local_rank}"
+        index = self._spec.place.local_rank // self._spec.config.ranks_per_gpu
+        torch.cuda.set_device(index)
+        return f"cuda:{index}"
+
+    def _memory(self, parallel: ParallelContext) -> DeviceMemory:
+        """This rank's, now that its weights are there; where ranks share a GPU, those of all. Collective."""
+        if self._spec.config.ranks_per_gpu > 1 and parallel.world_group is not None:
+            dist.barrier(parallel.world_group)
+        return measure_memory(self._device(), sharers(self._spec.config, self._spec.topology))
 
     def _agree(self, num_pages: int, parallel: ParallelContext) -> int:
         """The smallest pool of all ranks, so that the ranks of a DP group schedule alike."""

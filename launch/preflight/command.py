@@ -27,6 +27,7 @@ from moesaic.launch.preflight.limits import Needs, check_limits
 from moesaic.launch.preflight.model_files import check_model
 from moesaic.launch.preflight.network import check_network
 from moesaic.launch.preflight.ports import check_ports
+from moesaic.launch.shared_gpu_rules import gpus_per_node
 from moesaic.launch.startup import Plan, make_plan, shared_settings
 from moesaic.launch.topology import Topology
 
@@ -109,7 +110,7 @@ def check_machine(config: ServerConfig, *, cuda: bool) -> Iterator[Finding]:
     needs = needs_of(config, cuda=cuda)
     backend = config.moe_a2a_backend
     yield from check_limits(needs)
-    yield from check_devices(needed=cuda, ranks_per_node=needs.ranks_per_node, a2a_backend=backend)
+    yield from check_devices(needed=cuda, num_wanted=gpus_per_node(config, Topology.from_config(config)), a2a_backend=backend)
     deepep = backend.startswith("deepep")
     yield from check_network(config.dist_init_addr if config.nnodes > 1 else None, rdma=needs.rdma, deepep=deepep)
 

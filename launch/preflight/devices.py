@@ -20,10 +20,10 @@ NVSHMEM_REMEDY = (
 )
 
 
-def check_devices(*, needed: bool, ranks_per_node: int, a2a_backend: str) -> Iterator[Finding]:
+def check_devices(*, needed: bool, num_wanted: int, a2a_backend: str) -> Iterator[Finding]:
     """`needed`: the flags ask for CUDA; else what is missing is no failure. `a2a_backend`: --moe-a2a-backend."""
     try:
-        yield check_gpus(query_gpus(), needed=needed, ranks_per_node=ranks_per_node)
+        yield check_gpus(query_gpus(), needed=needed, num_wanted=num_wanted)
     except OSError as error:
         remedy = "repair the driver (dmesg | grep -i nvrm), or use --device cpu"
         yield (fail if needed else warn)("GPUs", str(error), remedy)
@@ -34,7 +34,7 @@ def check_devices(*, needed: bool, ranks_per_node: int, a2a_backend: str) -> Ite
     yield _check_library("DeepGEMM", "deep_gemm", False, "")
 
 
-def check_gpus(gpus: Sequence[Gpu], *, needed: bool, ranks_per_node: int) -> Finding:
+def check_gpus(gpus: Sequence[Gpu], *, needed: bool, num_wanted: int) -> Finding:
     """How many, which, and whether they are free."""
     if not gpus:
         if needed:
@@ -42,9 +42,9 @@ def check_gpus(gpus: Sequence[Gpu], *, needed: bool, ranks_per_node: int) -> Fin
         return ok("GPUs", f"{NOT_HERE}; the flags need none")
     names = sorted({gpu.name for gpu in gpus})
     found = f"{len(gpus)} x {' and '.join(names)}, {min(gpu.total for gpu in gpus) / GIB:.0f} GiB, driver {gpus[0].driver}"
-    if needed and len(gpus) < ranks_per_node:
-        remedy = f"ask the scheduler for {ranks_per_node} GPUs, or use more nodes (--nnodes)"
-        return fail("GPUs", f"{found}, for {ranks_per_node} ranks", remedy)
+    if needed and len(gpus) < num_wanted:
+        remedy = f"ask the scheduler for {num_wanted} GPUs, or use more nodes (--nnodes)"
+        return fail("GPUs", f"{found}, for {num_wanted} ranks", remedy)
     if len(names) > 1:
         return warn("GPUs", found, "ranks run in lockstep: the slowest GPU decides; use nodes of one kind")
     busy = [gpu for gpu in gpus if gpu.total - gpu.free > BUSY_SHARE * gpu.total]

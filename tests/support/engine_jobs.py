@@ -15,10 +15,12 @@ from shared_windows import shared_windows
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
 from moesaic.eplb.window_balance import Balance
+from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
+from moesaic.launch.engine.cuda_graphs import CudaGraphs
 from moesaic.launch.engine.graph_plan import GraphPlan
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
@@ -30,6 +32,7 @@ from moesaic.launch.engine.step import SplitThresholds, StepRules
 from moesaic.launch.models.config import load_model_config
 from moesaic.launch.topology import Topology
 from moesaic.moe.deepep_config import DeepEPSettings
+from moesaic.moe.symm_windows import symmetric_windows
 
 ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
 """As long as there is room."""
@@ -37,7 +40,10 @@ ALWAYS_KEEP = RetractionCosts(copy_s_per_page=0.0, recompute_s_per_token=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """A layout and the engine's knobs; defaults are one rank with plenty of memory. With host pages, what is retracted is kept."""
+    """A layout and the engine's knobs; defaults are one rank with plenty of memory. With host pages, what is retracted is kept.
+
+    `staged`: the ranks talk as those that share a GPU. On a GPU the experts' products are `runner`'s and graphs are CUDA's.
+    """
 
     model_path: str
     tp: int = 1
@@ -70,6 +76,9 @@ class EngineSettings:
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
     graph_rows: tuple[int, ...] = ()
+    device: str = "cpu"
+    runner: Name = "torch"
+    staged: bool = False
 
     @property
     def topology(self) -> Topology:
@@ -101,9 +110,10 @@ def greedy_request(rid: int, prompt: list[int], num_tokens: int, **options: Any)
     return GenerateRequest(rid=rid, input_ids=tuple(prompt), sampling=sampling, **options)
 
 
-def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> ModelRunner:
+def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup | None = None) -> ModelRunner:
     """One rank's model with its KV pool."""
-    topology = settings.topology
+    topology, on_cpu = settings.topology, settings.device == "cpu"
+    new_group = new_group or _groups(settings)
     parallel = make_parallel_context(
         topology, topology.place(rank), a2a_backend=settings.a2a, dp_lm_head=settings.dp_lm_head, new_group=new_group
     )
@@ -114,12 +124,14 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             dtype=settings.dtype,
             prefill_backend=settings.prefill_backend,
             kv_dtype=settings.kv_dtype,
+            device=settings.device,
+            expert_backends=(settings.runner,),
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
             fp8_weights=settings.fp8_weights,
             max_dispatch_tokens=settings.cap,
-            make_windows=shared_windows,
+            make_windows=shared_windows if on_cpu else symmetric_windows,
             alignment=settings.alignment,
             slots=settings.slots,
             single_batch_overlap=settings.single_batch_overlap,
@@ -132,8 +144,12 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
     if settings.graph_rows:
         widths = (8, -(-settings.context_length // settings.page_size))
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
-        runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
+        runner.capture_graphs(plan, RepeatedCalls() if on_cpu else CudaGraphs(), lambda done, total: None)
     return runner
+
+
+def _groups(settings: EngineSettings) -> NewGroup:
+    return rank_pool.staged_group_of if settings.staged else rank_pool.group_of
 
 
 def _deepep(settings: EngineSettings) -> DeepEPSettings:
@@ -147,8 +163,9 @@ def _deepep(settings: EngineSettings) -> DeepEPSettings:
     )
 
 
-def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup = rank_pool.group_of) -> RankEngine:
+def make_engine(settings: EngineSettings, rank: int = 0, new_group: NewGroup | None = None) -> RankEngine:
     """One rank's engine. Collective when the layout has several ranks."""
+    new_group = new_group or _groups(settings)
     topology, runner = settings.topology, make_runner(settings, rank, new_group)
     engine = AssembledSettings(
         scheduler=SchedulerConfig(

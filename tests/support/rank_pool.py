@@ -24,12 +24,20 @@ WHOLE_GROUPS = ((0, 1), (2, 3), (0, 1, 2, 3))
 PURPOSES = ("rows", "headers", "failures", "rebalance")
 """Further groups of WHOLE_GROUPS, for messages that must not meet those of a forward."""
 
+EVERYTHING = "everything_staged"
+"""The backend of `staged_group_of` where there is no GPU: the tensors of the CPU are staged, as a GPU's would be."""
+
 _groups: dict[tuple[tuple[int, ...], str], Any] = {}
 
 
 def group_of(ranks: tuple[int, ...], purpose: str = "forward") -> Any:
     """The group of these ranks for a purpose, inside a worker."""
     return _groups[ranks, purpose]
+
+
+def staged_group_of(ranks: tuple[int, ...], purpose: str = "forward") -> Any:
+    """As `group_of`, for ranks that share a GPU (launch/engine/staged_group.py)."""
+    return _groups[ranks, f"staged {purpose}"]
 
 
 class RankPool:
@@ -84,6 +92,8 @@ def _work(rank: int, rendezvous: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from moesaic.launch.engine.staged_group import STAGED, register_staged
+
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -92,11 +102,12 @@ def _work(rank: int, rendezvous: str, pipe: Any) -> None:
         world_size=WORLD_SIZE,
         timeout=timedelta(seconds=60),
     )
-    for ranks in GROUPS:
-        _groups[ranks, "forward"] = dist.new_group(list(ranks))
-    for purpose in PURPOSES:
-        for ranks in WHOLE_GROUPS:
-            _groups[ranks, purpose] = dist.new_group(list(ranks))
+    staged = STAGED if torch.cuda.is_available() else EVERYTHING
+    register_staged(staged, everything=staged == EVERYTHING)
+    wanted = [(ranks, "forward") for ranks in GROUPS] + [(ranks, purpose) for purpose in PURPOSES for ranks in WHOLE_GROUPS]
+    for ranks, purpose in wanted:
+        _groups[ranks, purpose] = dist.new_group(list(ranks))
+        _groups[ranks, f"staged {purpose}"] = dist.new_group(list(ranks), backend=staged)
     while True:
         try:
             function, arguments = pipe.recv()

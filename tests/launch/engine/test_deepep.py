@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 from engine_jobs import EngineSettings, Finished, engine_job, greedy_request, merged, rebalance_job
+from near_ties import num_near_ties
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
@@ -60,25 +60,9 @@ def _prompts() -> list[list[int]]:
     return [first, [3], [*first[:17], 9, 9], [rng.randrange(2, 256) for _ in range(40)], first[:24], [5, 6]]
 
 
-@cache
-def _expected(model: TinyModel, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    return model.greedy(list(prompt), num_tokens)
-
-
 def _num_near_ties(model: TinyModel, finished: dict[int, Finished]) -> int:
-    """How many requests left the oracle's path at a near-tie. A token that differs elsewhere is an error."""
-    ties = 0
-    for rid, request in finished.items():
-        prompt = _prompts()[rid % 100]
-        expected = _expected(model, tuple(prompt), len(request.tokens))
-        if request.tokens == expected:
-            continue
-        at = next(i for i, (one, other) in enumerate(zip(request.tokens, expected, strict=True)) if one != other)
-        logits = model.logits([*prompt, *expected[:at]])[-1]
-        gap = float(logits[expected[at]] - logits[request.tokens[at]])
-        assert gap < NEAR_TIE, f"request {rid}, token {at}: {request.tokens[at]} instead of {expected[at]}, {gap:.3f} below it"
-        ties += 1
-    return ties
+    prompts = {rid: _prompts()[rid % 100] for rid in finished}
+    return num_near_ties(model.logits, prompts, {rid: each.tokens for rid, each in finished.items()}, NEAR_TIE)
 
 
 def _settings(model: TinyModel, layout: str, generation: str, mode: str, **options: Any) -> EngineSettings:

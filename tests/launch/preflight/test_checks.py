@@ -174,7 +174,7 @@ def gpu(index: int = 0, **changes: Any) -> Gpu:
     ],
 )
 def test_gpus(gpus: tuple[Gpu, ...], needed: bool, wanted: str, words: str) -> None:
-    finding = check_gpus(gpus, needed=needed, ranks_per_node=2)
+    finding = check_gpus(gpus, needed=needed, num_wanted=2)
 
     assert finding.status == wanted and words in finding.found
 
