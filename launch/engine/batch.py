@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
+from moesaic.kernels.gpu import upload
 from moesaic.launch.engine.plan import Plan
 from moesaic.launch.engine.sequence import Int64Array, SequenceTable
 
@@ -53,7 +54,7 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
                 start=start,
                 length=chunk.length,
                 prefix_len=chunk.start,
-                pages=torch.from_numpy(row[:last_page]).to(device),
+                pages=upload(torch.from_numpy(row[:last_page]), device),
             )
         )
         if chunk.completes:
@@ -77,4 +78,4 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
 
 
 def _tensor(parts: list[Int64Array], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return upload(torch.from_numpy(np.concatenate(parts)), device)

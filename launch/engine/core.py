@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.eplb.forward_mode import ForwardMode
+from moesaic.kernels.gpu import upload
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.batch import build_batch
 from moesaic.launch.engine.controls import Controls
@@ -254,12 +255,12 @@ class RankEngine:
             inputs=inputs,
             split=self._split(inputs, step),
             graph=step.graph,
-            decode_slots=torch.from_numpy(plan.decode_slots).to(device),
-            sampled_slots=torch.from_numpy(launch.slots).to(device),
-            known_slots=torch.from_numpy(known_slots).to(device),
-            known_tokens=torch.from_numpy(known_tokens).to(device),
+            decode_slots=upload(torch.from_numpy(plan.decode_slots), device),
+            sampled_slots=upload(torch.from_numpy(launch.slots), device),
+            known_slots=upload(torch.from_numpy(known_slots), device),
+            known_tokens=upload(torch.from_numpy(known_tokens), device),
             sampling=sampling_rows(launch.slots, launch.positions, table, device),
-            sampled_logprobs=wanted_of_sampled(launch.slots, table),
+            sampled_logprobs=wanted_of_sampled(launch.slots, table, device),
             prompt_logprobs=prompt_logprobs,
             spoiled_pages=self._pipeline.take_spoiled_pages(device),
             restoration=self.scheduler.take_restoration(),

@@ -6,12 +6,14 @@ runs the model computes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.kernels.gpu import upload
 from moesaic.launch.engine.messages import TokenLogprobs
 from moesaic.launch.engine.plan import Chunk, Plan
 from moesaic.launch.engine.sampler import token_logprobs
@@ -28,6 +30,15 @@ class RowLogprobs:
     ids: Tensor
     tops: tuple[int, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.logprob, self.values, self.ids
+
+    def of(self, tensors: Iterator[Tensor]) -> RowLogprobs:
+        """The same with the next of these tensors: on the host."""
+        tokens, logprob, values, ids = (next(tensors) for _ in self.tensors)
+        return replace(self, tokens=tokens, logprob=logprob, values=values, ids=ids)
+
     def messages(self) -> list[TokenLogprobs]:
         """One for each row."""
         rows = zip(self.tokens.tolist(), self.logprob.tolist(), self.values.tolist(), self.ids.tolist(), self.tops, strict=True)
@@ -39,15 +50,18 @@ class RowLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledLogprobs:
-    """Of the sampled rows `rows`, the logprobs of what they gave. `tops`: how many top ones each of them wants."""
+    """Of the sampled rows `rows`, the logprobs of what they gave. `tops`: how many top ones each of them wants.
+
+    index int64 [N]: the rows, where the logits are.
+    """
 
     rows: tuple[int, ...]
+    index: Tensor
     tops: tuple[int, ...]
 
     def compute(self, logits: Tensor, tokens: Tensor) -> RowLogprobs:
         """logits [S, V] and tokens int64 [S] of all sampled rows."""
-        rows = list(self.rows)
-        return _compute(logits[rows], tokens[rows], self.tops)
+        return _compute(logits.index_select(0, self.index), tokens.index_select(0, self.index), self.tops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +78,13 @@ class PromptLogprobs:
         return _compute(logits[self.first_row : self.first_row + len(self.tokens)], self.tokens, self.tops)
 
 
-def wanted_of_sampled(slots: Int64Array, table: SequenceTable) -> SampledLogprobs | None:
+def wanted_of_sampled(slots: Int64Array, table: SequenceTable, device: torch.device) -> SampledLogprobs | None:
     """The rows of `slots` int64 [S] whose requests ask for logprobs; None: no row's."""
-    rows = np.flatnonzero(table.wants_logprobs[slots]).tolist()
-    if not rows:
+    rows = np.flatnonzero(table.wants_logprobs[slots])
+    if not len(rows):
         return None
-    tops = tuple(table.sequence(int(slots[row])).request.top_logprobs_num for row in rows)
-    return SampledLogprobs(rows=tuple(rows), tops=tops)
+    tops = tuple(table.sequence(int(slots[row])).request.top_logprobs_num for row in rows.tolist())
+    return SampledLogprobs(rows=tuple(rows.tolist()), index=upload(torch.from_numpy(rows), device), tops=tops)
 
 
 def wanted_of_prompts(plan: Plan, device: torch.device) -> tuple[PromptLogprobs, ...]:
@@ -82,7 +96,7 @@ def wanted_of_prompts(plan: Plan, device: torch.device) -> tuple[PromptLogprobs,
         if len(positions):
             tokens = torch.from_numpy(chunk.sequence.tokens[positions.start + 1 : positions.stop + 1].astype(np.int64))
             tops = (chunk.sequence.request.top_logprobs_num,) * len(positions)
-            wanted.append(PromptLogprobs(chunk=chunk, first_row=row, tokens=tokens.to(device), tops=tops))
+            wanted.append(PromptLogprobs(chunk=chunk, first_row=row, tokens=upload(tokens, device), tops=tops))
         row += len(positions)
     return tuple(wanted)
 

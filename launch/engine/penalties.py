@@ -15,6 +15,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from moesaic.kernels.gpu import upload
+
 
 class TokenHistory:
     """Which tokens one request has seen, and how often it has produced each. O(1) per token, no [vocab] memory."""
@@ -79,14 +81,15 @@ class Penalties:
         sizes = np.array([len(history.token_ids) for _, history in histories], dtype=np.int64)
         token_ids = np.concatenate([np.empty(0, dtype=np.int64), *(history.token_ids for _, history in histories)])
         counts = np.concatenate([np.empty(0, dtype=np.float32), *(history.output_counts for _, history in histories)])
-        values = torch.tensor([frequency, presence, repetition], dtype=torch.float32).to(device)
+        device = torch.device(device)
+        values = upload(torch.tensor([frequency, presence, repetition], dtype=torch.float32), device)
         return cls(
             frequency=values[0],
             presence=values[1],
             repetition=values[2],
-            rows=torch.from_numpy(np.repeat(rows, sizes)).to(device),
-            token_ids=torch.from_numpy(token_ids).to(device),
-            output_counts=torch.from_numpy(counts).to(device),
+            rows=upload(torch.from_numpy(np.repeat(rows, sizes)), device),
+            token_ids=upload(torch.from_numpy(token_ids), device),
+            output_counts=upload(torch.from_numpy(counts), device),
         )
 
     def apply_(self, logits: Tensor) -> None:

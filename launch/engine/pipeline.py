@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.attention.page_allocator import PageArray
+from moesaic.kernels.gpu import upload
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.forward_worker import ForwardWorker, Pending
 from moesaic.launch.engine.plan import Launch
@@ -63,7 +64,7 @@ class Pipeline:
         """Pages freed since the last call whose KV the next step must clear before anyone gets them, int64 [P]."""
         pages = np.concatenate(self._spoiled) if self._spoiled else np.empty(0, dtype=np.int32)
         self._spoiled.clear()
-        return torch.from_numpy(pages.astype(np.int64)).to(device)
+        return upload(torch.from_numpy(pages.astype(np.int64)), device)
 
     def clear_spoiled_pages(self, device: torch.device) -> None:
         """Clear them now, since others than steps may write to pages. Waits for what is under way, if there are any."""

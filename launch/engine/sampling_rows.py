@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moesaic.kernels.gpu import upload
 from moesaic.kernels.sampling import MIN_TEMPERATURE
 from moesaic.launch.engine.messages import SamplingParams
 from moesaic.launch.engine.penalties import Penalties, TokenHistory
@@ -77,7 +78,7 @@ def sampling_rows(slots: Int64Array, positions: Int64Array, table: SequenceTable
     nucleus = random & ((top_p < 1) | (top_k > 0))
 
     def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
+        return upload(torch.from_numpy(array), device)
 
     batch = SamplingBatch(
         temperature=tensor(temperature),
@@ -109,5 +110,5 @@ def _banned(short: list[tuple[int, Sequence]], device: torch.device) -> tuple[to
     pairs = [(row, token) for row, sequence in short for token in sequence.request.sampling.stop_token_ids]
     if not pairs:
         return None
-    rows, tokens = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
+    rows, tokens = upload(torch.tensor(pairs, dtype=torch.int64), device).unbind(1)
     return rows, tokens
