@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,13 @@ from shared_windows import shared_windows
 from moesaic.eplb.settings import RebalanceSettings, SlotOptions
 from moesaic.eplb.status import RebalanceStatus
 from moesaic.eplb.window_balance import Balance
+from moesaic.kernels.grouped_backends import Name
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.assembly import EngineSettings as AssembledSettings
 from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.graph_plan import GraphPlan
+from moesaic.launch.engine.graphs import GraphBackend
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
@@ -70,6 +72,9 @@ class EngineSettings:
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
     graph_rows: tuple[int, ...] = ()
+    graphs: Callable[[], GraphBackend] = RepeatedCalls
+    device: str = "cpu"
+    expert_backends: tuple[Name, ...] = ("torch",)
 
     @property
     def topology(self) -> Topology:
@@ -113,6 +118,8 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
             load_format=settings.load_format,
             dtype=settings.dtype,
             prefill_backend=settings.prefill_backend,
+            device=settings.device,
+            expert_backends=settings.expert_backends,
             kv_dtype=settings.kv_dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,
@@ -130,9 +137,9 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup = r
     )
     runner.allocate_kv(settings.num_pages, settings.num_host_pages)
     if settings.graph_rows:
-        widths = (8, -(-settings.context_length // settings.page_size))
+        widths = tuple(sorted({8, -(-settings.context_length // settings.page_size)}))
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
-        runner.capture_graphs(plan, RepeatedCalls(), lambda done, total: None)
+        runner.capture_graphs(plan, settings.graphs(), lambda done, total: None)
     return runner
 
 
