@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.page_allocator import PageAllocator, PageArray
+from moesaic.kernels.gpu import upload
 
 
 class HostKVPool:
@@ -81,7 +82,7 @@ class HostKVPool:
         self._allocator.free(host_pages)
 
     def _on_device(self, pages: PageArray) -> Tensor:
-        return torch.from_numpy(pages.astype(np.int64)).to(self._device)
+        return upload(torch.from_numpy(pages.astype(np.int64)), self._device)
 
     def _lock_pages(self) -> None:
         """So that copies run at the bus's speed, beside computation."""

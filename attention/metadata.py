@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.attention.extend_groups import ExtendGroup, extend_groups
+from moesaic.kernels.gpu import upload
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -138,12 +139,12 @@ def decode_buckets(
 ) -> tuple[DecodeBucket, ...]:
     """page_table [B, P] and seq_lens [B] (with the token of this step) -> buckets that cover all B rows once.
 
-    one: a single bucket, whatever the lengths.
+    one: a single bucket, whatever the lengths; so it is on a GPU, whose kernel reads no padding.
     """
     if len(seq_lens) == 0:
         return ()
     longest = int(seq_lens.max())
-    if one or longest <= MAX_PADDING * float(seq_lens.mean()) or len(seq_lens) <= 4:
+    if one or device.type == "cuda" or longest <= MAX_PADDING * float(seq_lens.mean()) or len(seq_lens) <= 4:
         return (_bucket(None, page_table, seq_lens, page_size, device),)
     order = np.argsort(-seq_lens, kind="stable")
     bounds = _bucket_bounds(seq_lens[order])
@@ -158,8 +159,8 @@ def _bucket(
 ) -> DecodeBucket:
     num_pages = -(-int(seq_lens.max()) // page_size)
     return DecodeBucket(
-        rows=None if rows is None else torch.from_numpy(rows).to(device),
-        page_table=torch.from_numpy(page_table[:, :num_pages].astype(np.int64)).to(device),
-        seq_lens=torch.from_numpy(seq_lens).to(device),
+        rows=None if rows is None else upload(torch.from_numpy(rows), device),
+        page_table=upload(torch.from_numpy(page_table[:, :num_pages].astype(np.int64)), device),
+        seq_lens=upload(torch.from_numpy(seq_lens), device),
         page_size=page_size,
     )

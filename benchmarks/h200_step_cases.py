@@ -40,7 +40,7 @@ def _balanced(tokens: int, ranks: int) -> Case:
         demand = torch.rand(experts) ** 4 + 0.01
         popular = torch.multinomial(demand, REDUNDANT, replacement=True)
         slots = torch.cat([torch.arange(experts), popular])[torch.randperm(experts + REDUNDANT)]
-        table = balanced_choice.BalancedTable.of(slots, num_experts=experts, num_gpus=ranks, device=base.DEVICE)
+        table = balanced_choice.BalancedTable.of(slots, num_experts=experts, num_gpus=ranks, most_gpus=8, device=base.DEVICE)
         batch = [torch.multinomial(demand.expand(tokens, -1), base.TOPK) for _ in range(ranks)]
         counts = torch.stack([balanced_choice.count_choices_reference(ids, experts).total for ids in batch]).to(base.DEVICE)
         ids = batch[0].to(base.DEVICE)

@@ -66,7 +66,9 @@ class LoadCounter:
         columns = torch.cat(self._held)
         num_rows = np.array(self._held_sizes) // columns.shape[1]
         first_columns = np.repeat(self._first_columns[self._held_layers], num_rows)[:, None]
-        columns += torch.from_numpy(first_columns).to(columns.device, non_blocking=True)
+        first = torch.from_numpy(first_columns)
+        # From other memory than pinned a copy may wait.
+        columns += (first.pin_memory() if columns.is_cuda else first).to(columns.device, non_blocking=True)
         self._counts.scatter_add_(0, columns.view(-1), self._one.expand(self._num_held))
         self._let_go()
 

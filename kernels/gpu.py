@@ -1,7 +1,7 @@
 """Whether the Triton kernels compute on a tensor. Knows the device and one switch; imports no Triton.
 
-A front function that gets True imports its kernel from kernels/triton/; the import fails by name where Triton is missing. Small
-tables that the CPU makes for a kernel go to its device by `upload`.
+A front function that gets True imports its kernel from kernels/triton/; the import fails by name where Triton is missing. What the
+CPU makes for a device goes there by `upload`, and what it wants to know comes back by `download`: nothing else of a step waits.
 """
 
 from __future__ import annotations
@@ -23,5 +23,18 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """CPU tensor -> the same on `device`, from pinned memory: the CPU does not wait for the device."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """CPU tensor -> the same on `device`, from pinned memory: the CPU does not wait for the device, as it does for other memory."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True) if values.numel() else values.new_empty(values.shape, device=device)
+
+
+def download(*values: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device -> the same on the CPU, after one wait for all that the current stream has been given."""
+    if not values or values[0].device.type != "cuda":
+        return values
+    from torch.cuda import current_stream
+
+    copies = tuple(value.to("cpu", non_blocking=True) for value in values)  # into pinned memory: torch sees to it
+    current_stream(values[0].device).synchronize()
+    return copies

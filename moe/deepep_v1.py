@@ -62,6 +62,7 @@ class DeepEPBuffer:
                 group, plan.num_nvl_bytes, plan.num_rdma_bytes, low_latency_mode=settings.low_latency, **options
             )
         self._masked = torch.zeros(shape.num_ranks, dtype=torch.int32, device=device) if "enable_shrink" in options else None
+        self._seen = torch.zeros(shape.num_ranks, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._used_normally = False
 
     def capture(self) -> Any:
@@ -84,15 +85,19 @@ class DeepEPBuffer:
         with explained(doing):
             hook()
         if self._device.type == "cpu":
+            self.leave()
             self.verify(doing)
 
+    def leave(self) -> None:
+        """Asks, without a wait, whose low-latency messages were given up."""
+        if self._masked is not None:
+            with explained("say who was late"):
+                self.library.low_latency_query_mask_buffer(self._masked)
+            self._seen.copy_(self._masked, non_blocking=True)
+
     def verify(self, doing: str = "receive") -> None:
-        """Raises DeepEPError that names the ranks whose low-latency messages were given up. Waits for the device."""
-        if self._masked is None or not self.settings.low_latency:
-            return
-        with explained("say who was late"):
-            self.library.low_latency_query_mask_buffer(self._masked)
-        late = self._masked.nonzero().flatten().tolist()
+        """Once the device has been waited for: raises DeepEPError that names the ranks whose messages were given up."""
+        late = self._seen.nonzero().flatten().tolist()
         if late:
             names = ", ".join(map(str, late))
             raise DeepEPError(f"DeepEP failed to {doing}: not heard from rank{'s' * (len(late) > 1)} {names} within its deadline")

@@ -63,6 +63,9 @@ class ElasticDeepEPBuffer:
     def enter(self, mode: DispatchMode) -> None:
         """Nothing to prepare: all modes use the buffer alike."""
 
+    def leave(self) -> None:
+        """Nothing to ask for."""
+
     def verify(self) -> None:
         """Nothing to ask: what is late raises by itself."""
 

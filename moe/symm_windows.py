@@ -100,10 +100,11 @@ class WindowsInTurn:
     def enter(self, mode: DispatchMode) -> None:
         """Every mode finds the windows as it needs them."""
 
+    def leave(self) -> None:
+        """What there is to ask was asked when the windows were given back."""
+
     def verify(self) -> None:
-        """Raises PeerLate if a rank missed an exchange of the steps so far. Waits for the device."""
-        if self._all[0].own.is_cuda:
-            torch.cuda.current_stream(self._all[0].own.device).synchronize()
+        """Once the device has been waited for: raises PeerLate if a rank missed an exchange of the steps so far."""
         for window in self._all:
             self._raise_if_late(window)
 

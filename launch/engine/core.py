@@ -235,7 +235,8 @@ class RankEngine:
     def _job(self, plan: Plan, step: Step) -> tuple[Launch, StepJob]:
         """Launch the plan in the scheduler, and say what the worker has to do for it."""
         table = self.scheduler.table
-        batch = build_batch(plan, table, self.runner.config.page_size, one_bucket=step.graph is not None)
+        one_bucket = step.graph is not None or self._device.type == "cuda"  # whose kernel reads no padding
+        batch = build_batch(plan, table, self.runner.config.page_size, one_bucket=one_bucket)
         inputs = ForwardInput(
             input_ids=batch.input_ids,
             metadata=batch.metadata,

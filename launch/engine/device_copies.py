@@ -1,4 +1,4 @@
-"""Tensors between the CPU and a device, many at once: one copy there, one wait back. Knows no steps.
+"""Many tensors from the CPU to a device in one copy that nobody waits for. Knows no steps; `kernels.gpu.download` is the way back.
 
 What a step needs is made on the CPU by the thread that schedules, while a forward runs. A copy out of ordinary memory would wait
 for that forward; one out of pinned memory takes its turn behind it. Each copy has pinned memory of its own, which torch's allocator
@@ -43,22 +43,6 @@ def copied(tree: TreeT, device: torch.device, leave: object = None) -> TreeT:
     copies = iter([_alike(tensor, moved, starts[_key(tensor)]) for tensor in tensors])
     result: TreeT = _map(tree, lambda tensor: next(copies), leave)
     return result
-
-
-def to_host(tree: TreeT) -> TreeT:
-    """The way back: a tuple or frozen dataclass with tensors anywhere in it -> the same with them on the CPU. Waits once."""
-    devices = set()
-
-    def here(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        devices.add(tensor.device)
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-    moved: TreeT = _map(tree, here)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
-    return moved
 
 
 def pinned(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

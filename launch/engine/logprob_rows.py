@@ -6,13 +6,13 @@ runs the model computes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.messages import TokenLogprobs
 from moesaic.launch.engine.plan import Chunk, Plan
 from moesaic.launch.engine.sampler import token_logprobs
@@ -29,6 +29,15 @@ class RowLogprobs:
     ids: Tensor
     tops: tuple[int, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.logprob, self.values, self.ids
+
+    def of(self, tensors: Iterator[Tensor]) -> RowLogprobs:
+        """The same with the next of these tensors: on the host."""
+        tokens, logprob, values, ids = (next(tensors) for _ in self.tensors)
+        return replace(self, tokens=tokens, logprob=logprob, values=values, ids=ids)
+
     def messages(self) -> list[TokenLogprobs]:
         """One for each row."""
         rows = zip(self.tokens.tolist(), self.logprob.tolist(), self.values.tolist(), self.ids.tolist(), self.tops, strict=True)
@@ -40,15 +49,18 @@ class RowLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledLogprobs:
-    """Of the sampled rows `rows`, the logprobs of what they gave. `tops`: how many top ones each of them wants."""
+    """Of the sampled rows `rows`, the logprobs of what they gave. `tops`: how many top ones each of them wants.
+
+    index int64 [N]: the rows, where the logits are.
+    """
 
     rows: tuple[int, ...]
+    index: Tensor
     tops: tuple[int, ...]
 
     def compute(self, logits: Tensor, tokens: Tensor) -> RowLogprobs:
         """logits [S, V] and tokens int64 [S] of all sampled rows."""
-        rows = to_device(torch.tensor(self.rows), logits.device)
-        return _compute(logits[rows], tokens[rows], self.tops)
+        return _compute(logits.index_select(0, self.index), tokens.index_select(0, self.index), self.tops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +79,11 @@ class PromptLogprobs:
 
 def wanted_of_sampled(slots: Int64Array, table: SequenceTable) -> SampledLogprobs | None:
     """The rows of `slots` int64 [S] whose requests ask for logprobs; None: no row's."""
-    rows = np.flatnonzero(table.wants_logprobs[slots]).tolist()
-    if not rows:
+    rows = np.flatnonzero(table.wants_logprobs[slots])
+    if not len(rows):
         return None
-    tops = tuple(table.sequence(int(slots[row])).request.top_logprobs_num for row in rows)
-    return SampledLogprobs(rows=tuple(rows), tops=tops)
+    tops = tuple(table.sequence(int(slots[row])).request.top_logprobs_num for row in rows.tolist())
+    return SampledLogprobs(rows=tuple(rows.tolist()), index=torch.from_numpy(rows), tops=tops)
 
 
 def wanted_of_prompts(plan: Plan) -> tuple[PromptLogprobs, ...]:

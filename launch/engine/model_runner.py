@@ -202,8 +202,8 @@ class ModelRunner:
         """Logits fp32 [N, V] of the wanted rows. Collective: every rank calls it in every step that isn't idle for all.
 
         `split`: run as these two micro-batches; `graph`: replay it instead, the logits of whose blank rows come after those of the
-        N; on all ranks or on none. Raises OperationError: with `fatal` False only after all
-        collectives of the forward have been completed, so that the next forward may be run; the KV that this one wrote is void.
+        N; on all ranks or on none. To be followed by `verify`. Raises OperationError: with `fatal` False only after all collectives
+        of the forward have been completed, so that the next forward may be run; the KV that this one wrote is void.
         """
         assert self._pool is not None, "allocate_kv comes first"
         if graph is not None:
@@ -214,8 +214,16 @@ class ModelRunner:
             self._enter(inputs.plan.mode)
             logits = self._model.forward(inputs, self._pool, observer, split, self._timeline)
         if self._model.exchange is not None:
-            self._model.exchange.verify()
+            self._model.exchange.leave()
         return logits
+
+    def verify(self, *, waited: bool) -> None:
+        """After a forward: raises if a rank was given up on in it. `waited`: the CPU has waited for the device since."""
+        if self._model.exchange is None:
+            return
+        if not waited and self.config.device != "cpu":
+            torch.cuda.current_stream(torch.device(self.config.device)).synchronize()
+        self._model.exchange.verify()
 
     def _enter(self, mode: DispatchMode) -> None:
         """Before a forward, and outside of what is captured."""

@@ -30,14 +30,6 @@ _MASS_ONE = 2.0**34  # fixed-point 1: the mass of V <= 2^18 tokens stays below 2
 _CHUNK_ELEMENTS = 1 << 24  # of [R, V]: bounds the temporaries to a few 128 MB buffers
 
 
-class NonFiniteLogits(RuntimeError):  # noqa: N818 - reads as what happened
-    """Rows whose logits hold NaN or +inf, or nothing but -inf: the model, not the request, went wrong. See `rows`."""
-
-    def __init__(self, rows: list[int]) -> None:
-        super().__init__(f"the model gave logits with NaN, +inf or no finite value in batch row(s) {rows}")
-        self.rows = rows
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingBatch:
     """How to choose the token of each row. Build it with `make`; for the next step `dataclasses.replace(batch,
@@ -101,23 +93,21 @@ class SamplingBatch:
         )
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The next token of each row: logits [B, V], any float dtype, not changed -> int64 [B]. Computed in float32.
+def sample(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+    """The next token of each row: logits [B, V], any float dtype, not changed -> (int64 [B], bool [B]). Computed in float32.
 
-    An all-greedy batch without penalties makes no copy of the logits. Raises NonFiniteLogits.
+    False: the row's logits hold NaN or +inf, or nothing but -inf, and its token is any; the model, not the request, went wrong. An
+    all-greedy batch without penalties makes no copy of the logits. Waits for the device only where top-k or top-p is asked for.
     """
     scores = _penalised(logits, batch)
     tokens, largest = greedy_tokens(scores)
-    best = largest[:, None]
-    is_finite = largest.isfinite()
-    if not is_finite.all():
-        raise NonFiniteLogits(is_finite.logical_not().nonzero()[:, 0].tolist())
+    best, is_finite = largest[:, None], largest.isfinite()
     num_rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     for rows, has_nucleus in ((batch.plain_rows, False), (batch.nucleus_rows, True)):
         for start in range(0, len(rows), num_rows):
             chunk = rows[start : start + num_rows]
             tokens[chunk] = _sample_chunk(scores, best, batch, chunk, has_nucleus)
-    return tokens
+    return tokens, is_finite
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, top_num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +135,10 @@ def _penalised(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 def _sample_chunk(scores: Tensor, best: Tensor, batch: SamplingBatch, rows: Tensor, has_nucleus: bool) -> Tensor:
     """Random tokens int64 [R] of `rows` int64 [R]; scores [B, V], best float32 [B, 1] (each row's largest score)."""
-    # Taking the largest off first keeps exp in range at any temperature, and makes the best token exactly 0.
-    scaled = scores[rows].float().sub_(best[rows]).div_(batch.temperature[rows, None])
+    # Taking the largest off first keeps exp in range at any temperature, and makes the best token exactly 0. Rows without a finite
+    # largest get zeros: what filters make of NaN may lie outside the row.
+    best = best[rows]
+    scaled = scores[rows].float().sub_(best).masked_fill_(best.isfinite().logical_not_(), 0.0).div_(batch.temperature[rows, None])
     if has_nucleus:
         _keep_nucleus_(scaled, batch.top_k[rows], batch.top_p[rows])
     if batch.needs_min_p:

@@ -8,30 +8,28 @@ A step is launched before the results of the one before are known. `launch` ther
 sampled row gives a token), `settle_*` bring the values in. A sequence whose launched tokens reach its maximum is not scheduled
 again.
 
-Memory: a prompt's pages are allocated when it is admitted, decode pages one by one. Admission leaves room for the growth of running
-sequences (`growth.py`); when the estimate was too low, the sequence that would go last is retracted: its pages stay cached, it
-waits again, nothing is lost. A keeper may keep its KV (`retraction.py`); then it decodes as soon as it has pages again. A sequence
-whose prompt another instance computes is *placed* first (slot and pages, but in no step) and decodes from `start_decoding` on.
-Pages enter the prefix cache when the results of their forward are in. A page that is freed while a launched forward still uses it
-may be given away at once: forwards run in the order of their launch.
+Its parts: the queue (`waiting_queue.py`), who runs (`running_set.py`), their memory (`running_memory.py`). When memory runs out,
+the sequence that would go last steps back (`stepping_back.py`). A sequence whose prompt another instance computes is *placed* first
+(slot and pages, but in no step) and decodes from `start_decoding` on. Pages enter the prefix cache when the results of their
+forward are in.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moesaic.attention.page_allocator import PageAllocator, PageArray
-from moesaic.attention.prefix_cache import PrefixCache
-from moesaic.launch.engine.growth import Growth
+from moesaic.attention.page_allocator import PageArray
 from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.plan import Chunk, Launch, Plan
 from moesaic.launch.engine.retraction import KVKeeper, Restoration
-from moesaic.launch.engine.sequence import Int64Array, Sequence, SequenceTable
+from moesaic.launch.engine.running_memory import RunningMemory
+from moesaic.launch.engine.running_set import RunningSet
+from moesaic.launch.engine.sequence import Int64Array, Sequence
+from moesaic.launch.engine.stepping_back import SteppingBack
 from moesaic.launch.engine.waiting_queue import WaitingQueue
 
 
@@ -55,19 +53,14 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, keeper: KVKeeper | None = None) -> None:
         """`keeper`: None where what is retracted is always computed again."""
         self.config = config
-        self._keeper = keeper
-        self.cache = PrefixCache(PageAllocator(config.num_pages), config.page_size, config.prefix_cache)
-        self.table = SequenceTable(config.max_running, -(-config.context_length // config.page_size), config.context_length)
-        self.num_retracted = 0
-        self._waiting = WaitingQueue(config.policy, self.cache)
-        self._decoding: Int64Array = np.empty(0, dtype=np.int64)
-        self._placed: Int64Array = np.empty(0, dtype=np.int64)
+        memory = RunningMemory(config)
+        self.memory, self.cache, self.table = memory, memory.cache, memory.table
+        self._running = RunningSet(memory.table)
+        self._waiting = WaitingQueue(config.policy, memory.cache)
+        self._stepping_back = SteppingBack(memory, config.page_size, keeper)
         self._known_tokens: dict[int, int] = {}
-        self._restorations: list[Restoration] = []
-        self._partial: Sequence | None = None
         self._by_rid: dict[int, Sequence] = {}
         self._arrivals = 0
-        self._growth = Growth(config.growth_tokens)
         self._blocked = False
 
     # What others may ask
@@ -79,6 +72,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return self.config.max_running - self.table.num_free
+
+    @property
+    def num_retracted(self) -> int:
+        """How often a sequence has stepped back."""
+        return self._stepping_back.num_retracted
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -128,7 +126,7 @@ class Scheduler:
         """End a request wherever it is (finished or aborted); its settled full pages stay cached. None if it is not here."""
         sequence = self._take_out(rid)
         if sequence is not None and sequence.slot >= 0:
-            self._share_pages(sequence)
+            self.memory.share(sequence)
             self._release(sequence)
         return sequence
 
@@ -136,7 +134,7 @@ class Scheduler:
         """`remove` for a request that ends by itself: its length says how long others may get."""
         sequence = self.remove(rid)
         if sequence is not None:
-            self._growth.ended(sequence.num_tokens - sequence.num_prompt)
+            self.memory.growth.ended(sequence.num_tokens - sequence.num_prompt)
         return sequence
 
     def drop(self, rid: int) -> PageArray:
@@ -153,9 +151,9 @@ class Scheduler:
         if self._waiting or not self.table.num_free:
             return None  # those that were sent back go first
         sequence = self._take_in(request)
-        if self._allocate(sequence, sequence.num_tokens):
+        if self.memory.allocate(sequence, sequence.num_tokens, self._running.growing()):
             sequence.shares = False
-            self._placed = np.append(self._placed, sequence.slot)
+            self._running.place(sequence.slot)
             return sequence
         del self._by_rid[request.rid]
         return None
@@ -163,14 +161,13 @@ class Scheduler:
     def start_decoding(self, sequence: Sequence, token: int) -> None:
         """The whole prompt of a placed sequence has its KV; `token` is the first that was generated."""
         slot, table = sequence.slot, self.table
-        self._placed = self._placed[self._placed != slot]
         sequence.num_computed = sequence.num_tokens
         table.settle(np.array([slot]), table.launch(np.array([slot])), np.array([token]))
         if sequence.history is not None:
             sequence.history.append(token)
-        self._decoding = np.append(self._decoding, slot)
+        self._running.decode(np.array([slot]))
         self._known_tokens[slot] = token
-        self._share_pages(sequence)
+        self.memory.share(sequence)
 
     def take_known_tokens(self) -> tuple[Int64Array, Int64Array]:
         """Slots int64 [K] that have begun, since the last call, to decode from a token not sampled there, and the token of each."""
@@ -179,16 +176,13 @@ class Scheduler:
 
     def take_restoration(self) -> Restoration | None:
         """What must be copied back before the next forward, since the last call."""
-        parts, self._restorations = self._restorations, []
-        return Restoration.of_all(parts)
+        return self._stepping_back.take_restoration()
 
     def _take_out(self, rid: int) -> Sequence | None:
         sequence = self._by_rid.pop(rid, None)
         if sequence is not None and sequence.slot < 0:
             self._waiting.remove(sequence)
-            if sequence.kept is not None and self._keeper is not None:
-                self._keeper.forget(sequence.kept)
-                sequence.kept = None
+            self._stepping_back.forget(sequence)
         return sequence
 
     # One step
@@ -197,11 +191,14 @@ class Scheduler:
         """Whether `schedule` would send a sequence back now. Before it may, all results must be in (they may end some)."""
         return len(self._starting_a_page()) > self.cache.available_pages()
 
+    def _starting_a_page(self) -> Int64Array:
+        return self.memory.starting_a_page(self._running.ready())
+
     def schedule(self) -> Plan:
         """The next step: all sequences that can decode, then chunks within the budget."""
         self._make_room_for_decode()
         self._resume_kept()
-        decode_slots = self._ready()
+        decode_slots = self._running.ready()
         return Plan(decode_slots, tuple(self._chunks()))
 
     def launch(self, plan: Plan) -> Launch:
@@ -210,9 +207,9 @@ class Scheduler:
             chunk.sequence.num_computed = chunk.end
         slots = plan.sampled_slots()
         if plan.chunks:
-            self._decoding = np.append(self._decoding, slots[plan.num_decode :])
+            self._running.decode(slots[plan.num_decode :])
         if len(slots):
-            self._growth.went_well()
+            self.memory.growth.went_well()
         return Launch(plan, slots, self.table.owner[slots], self.table.launch(slots))
 
     def settle_chunk(self, chunk: Chunk) -> None:
@@ -220,7 +217,7 @@ class Scheduler:
         sequence = chunk.sequence
         sequence.num_settled = chunk.end
         if chunk.completes:
-            self._share_pages(sequence)
+            self.memory.share(sequence)
 
     def settle_tokens(self, launch: Launch, tokens: Int64Array) -> npt.NDArray[np.bool_]:
         """The tokens int64 [S] of a launch. Returns bool [S]: whose sequence still runs; the others' tokens are not wanted."""
@@ -235,90 +232,26 @@ class Scheduler:
 
     # Memory
 
-    def _ready(self) -> Int64Array:
-        """Slots that can decode: those whose launched tokens reach their maximum only wait for the last one's value."""
-        slots = self._decoding
-        return slots[self.table.num_tokens[slots] < self.table.max_tokens[slots]]
-
-    def _starting_a_page(self) -> Int64Array:
-        """Slots whose next forward writes the first token of a page that they don't have yet."""
-        slots = self._ready()
-        return slots[(self.table.num_tokens[slots] - 1) // self.config.page_size >= self.table.num_pages[slots]]
-
     def _make_room_for_decode(self) -> None:
         """A page for every sequence whose next token starts one; retracts sequences while there are too few."""
         while len(needs := self._starting_a_page()) > self.cache.available_pages():
             self._retract_one()
-        if len(needs):
-            self.table.pages[needs, self.table.num_pages[needs]] = self.cache.allocate(len(needs))
-            self.table.num_pages[needs] += 1
+        self.memory.add_page(needs)
 
     def _retract_one(self) -> None:
         """Send the running sequence that would go last back to the queue. All its tokens must be known."""
-        running = [self.table.sequence(slot) for slot in self._decoding.tolist()]
-        if self._partial is not None:
-            running.append(self._partial)
-        victim = max(running, key=lambda sequence: sequence.precedence)
-        assert len(running) > 1 or len(self._placed), "one sequence alone always fits: check() refuses what can't"
-        assert self.table.num_known[victim.slot] == self.table.num_tokens[victim.slot], "retracted with a token under way"
-        self._share_pages(victim)
-        self._keep(victim)
+        victim = self._running.last()
+        self._stepping_back.prepare(victim, keep=victim is not self._running.partial)
         self._release(victim)
         victim.num_computed = 0
         victim.prompt_logprobs.clear()
         self._waiting.add(victim)
-        self.num_retracted += 1
-        self._growth.was_too_low()
-
-    def _keep(self, victim: Sequence) -> None:
-        """Have a decoding sequence's KV kept, if that is worth it. A prompt that is not complete is not."""
-        assert not self._restorations, "what was to be copied back has been launched"
-        if self._keeper is not None and victim is not self._partial:
-            num_pages = -(-victim.num_settled // self.config.page_size)
-            victim.kept = self._keeper.keep(self.table.page_row(victim.slot)[:num_pages], victim.num_settled)
 
     def _release(self, sequence: Sequence) -> PageArray:
-        """Take a running sequence's slot and pages; what it shares with the cache stays there. Returns the freed pages."""
-        slot = sequence.slot
-        if self._partial is sequence:
-            self._partial = None
-        else:
-            self._decoding = self._decoding[self._decoding != slot]
-            self._placed = self._placed[self._placed != slot]
-        row = self.table.remove(sequence)
-        assert sequence.node is not None
-        freed = row[sequence.node.depth if self.cache.enabled else 0 :]
-        self.cache.allocator.free(freed)
-        self.cache.release(sequence.node)
-        sequence.node = None
+        """Take a running sequence's slot and pages. Returns the freed pages."""
+        self._running.discard(sequence)
         self._blocked = False
-        return freed
-
-    def _share_pages(self, sequence: Sequence) -> None:
-        """Give the full settled pages to the prefix cache, if it may have them; duplicates are replaced by the cached ones.
-
-        A launched forward may still read the duplicates, but writes to no full page: they may be given away (see above).
-        """
-        self.table.sequence(sequence.slot)
-        if not sequence.shares:
-            return
-        assert sequence.node is not None
-        row = self.table.page_row(sequence.slot)
-        insertion = self.cache.insert(sequence.tokens[: sequence.num_settled], row, sequence.node)
-        sequence.node = insertion.node
-        if insertion.num_replaced:
-            row[:] = insertion.pages
-
-    def _reserved_pages(self) -> int:
-        """Pages that running sequences are expected to need."""
-        slots, table = np.concatenate([self._decoding, self._placed]), self.table
-        num_tokens = table.num_tokens[slots]
-        growth = self._growth.expected_tokens(
-            remaining=table.max_tokens[slots] - num_tokens,
-            produced=num_tokens - table.num_prompt[slots],
-            held=num_tokens - table.num_found[slots],
-        )
-        return growth // self.config.page_size
+        return self.memory.release(sequence)
 
     # Admission
 
@@ -328,32 +261,22 @@ class Scheduler:
             if not self.table.num_free or self._blocked:
                 return
             if self._admit(sequence):
-                self._resume(sequence)
+                self._known_tokens[sequence.slot] = self._stepping_back.resume(sequence)
+                self._running.decode(np.array([sequence.slot]))
             else:
                 self._blocked = True
 
-    def _resume(self, sequence: Sequence) -> None:
-        kept, slot = sequence.kept, sequence.slot
-        assert kept is not None and self._keeper is not None
-        assert kept.num_tokens == sequence.num_tokens - 1, "all but the last token have KV"
-        num_found = sequence.num_settled // self.config.page_size
-        self._restorations.append(self._keeper.restore(kept, self.table.page_row(slot).copy(), num_found))
-        sequence.kept = None
-        sequence.num_settled, sequence.num_computed = kept.num_tokens, sequence.num_tokens
-        self._known_tokens[slot] = int(sequence.tokens[kept.num_tokens])
-        self._decoding = np.append(self._decoding, slot)
-
     def _chunks(self) -> Iterable[Chunk]:
         budget = self.config.chunk_tokens
-        if self._partial is not None:
-            sequence = self._partial
+        if self._running.partial is not None:
+            sequence = self._running.partial
             chunk = self._next_chunk(sequence, budget)
             budget -= chunk.length
             yield chunk
         if not self._waiting or self._blocked:
             return
         for sequence in self._waiting.admission_order():
-            if budget <= 0 or not self.table.num_free or self._partial is not None:
+            if budget <= 0 or not self.table.num_free or self._running.partial is not None:
                 return
             if sequence.kept is not None:
                 continue  # it needs no chunk, and is looked at first in the next step
@@ -367,27 +290,12 @@ class Scheduler:
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         length = min(sequence.num_tokens - sequence.num_computed, budget)
         completes = sequence.num_computed + length == sequence.num_tokens
-        self._partial = None if completes else sequence
+        self._running.partial = None if completes else sequence
         return Chunk(sequence, sequence.num_computed, length, completes)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, unless running ones need the room."""
-        if not self._allocate(sequence, sequence.matchable_tokens):
+        if not self.memory.allocate(sequence, sequence.matchable_tokens, self._running.growing()):
             return False
         self._waiting.remove(sequence)
-        return True
-
-    def _allocate(self, sequence: Sequence, matchable_tokens: int) -> bool:
-        match = self.cache.match(sequence.tokens[: sequence.num_tokens], matchable_tokens)
-        num_new = -(-sequence.num_tokens // self.config.page_size) - len(match.pages)
-        reserve = self._reserved_pages() if self.num_running else 0
-        if num_new + reserve > self.cache.available_pages():
-            self.cache.release(match.node)
-            return False
-        self.table.add(sequence, np.concatenate([match.pages, self.cache.allocate(num_new)]), match.num_tokens)
-        sequence.node = match.node
-        sequence.num_computed = sequence.num_settled = match.num_tokens
-        if sequence.cached_tokens < 0:
-            sequence.cached_tokens = match.num_tokens
-            sequence.admitted_at = time.monotonic()
         return True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.eplb.forward_mode import ForwardMode
+from moesaic.kernels.gpu import download
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
@@ -23,7 +24,7 @@ from moesaic.launch.engine.logprob_rows import PromptLogprobs, RowLogprobs, Samp
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.recording import LoadRecording
 from moesaic.launch.engine.retraction import Restoration
-from moesaic.launch.engine.sampler import NonFiniteLogits, SamplingBatch, sample
+from moesaic.launch.engine.sampler import sample
 from moesaic.launch.engine.sampling_rows import SamplingRows
 from moesaic.launch.engine.sequence import Int64Array
 from moesaic.launch.models.deepseek_v3 import LoadObserver
@@ -144,29 +145,28 @@ class StepRunner:
         return self._sampled(job, logits, verdict)
 
     def _sampled(self, job: StepJob, logits: Tensor, verdict: Verdict) -> StepOutcome:
+        """All that the CPU wants to know of a step is read at once: the one time that it waits for the device."""
         num_rows = len(job.sampled_slots)
-        chosen, bad_rows, sampled_logprobs = _NO_ROWS, _NO_ROWS, None
+        results: list[Tensor] = []
+        wanted = [each.compute(logits) for each in job.prompt_logprobs]
         if num_rows:
             rows = logits[:num_rows]
-            tokens, bad_rows = _sample(rows, job.sampling.with_penalties(num_rows, logits.device))
+            tokens, is_finite = sample(rows, job.sampling.with_penalties(num_rows, logits.device))
             self._last_tokens.index_copy_(0, job.sampled_slots, tokens)
-            chosen = tokens.cpu().numpy()
-            job.sampling.record(chosen)
+            results += [tokens, is_finite]
             if job.sampled_logprobs is not None:
-                sampled_logprobs = job.sampled_logprobs.compute(rows, tokens)
+                wanted.append(job.sampled_logprobs.compute(rows, tokens))
+        read = iter(download(*results, *(tensor for each in wanted for tensor in each.tensors)))
+        chosen, bad_rows = _NO_ROWS, _NO_ROWS
+        if num_rows:
+            chosen, bad_rows = next(read).numpy(), np.flatnonzero(~next(read).numpy())
+            job.sampling.record(chosen)
+        logprobs = [each.of(read) for each in wanted]
+        self._runner.verify(waited=bool(results or wanted))
         return StepOutcome(
             verdict=verdict,
             tokens=chosen,
             bad_rows=bad_rows,
-            sampled_logprobs=sampled_logprobs,
-            prompt_logprobs=tuple(wanted.compute(logits) for wanted in job.prompt_logprobs),
+            sampled_logprobs=logprobs.pop() if len(logprobs) > len(job.prompt_logprobs) else None,
+            prompt_logprobs=tuple(logprobs),
         )
-
-
-def _sample(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Int64Array]:
-    """Tokens int64 [S], and the numbers of the rows whose logits can't be sampled (their token means nothing)."""
-    try:
-        return sample(logits, batch), _NO_ROWS
-    except NonFiniteLogits as error:
-        rows = torch.tensor(error.rows, dtype=torch.int64, device=logits.device)
-        return sample(logits.index_fill(0, rows, 0.0), batch), np.array(error.rows, dtype=np.int64)

@@ -1,7 +1,7 @@
 """DeepEP for the layers of one model: the buffer that they share, of either generation, and a dispatcher for each.
 
-Knows no weights. Making it is collective. A forward is framed by `enter` and `verify`, which no graph may capture: the one may have
-something to clean, the other reads a number from the device.
+Knows no weights. Making it is collective. A forward is framed by `enter` and `leave`, which no graph may capture: the one may have
+something to clean, the other asks who was late, for `verify` to see once the device has been waited for.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class DeepEP:
     def enter(self, mode: DispatchMode) -> None:
         """Before a forward whose dispatches take this mode. Collective."""
         self._buffer.enter(mode)
+
+    def leave(self) -> None:
+        """After a forward."""
+        self._buffer.leave()
 
     def verify(self) -> None:
         """Raises DeepEPError when a rank was given up on during the forward."""

@@ -40,8 +40,12 @@ class Exchange(Protocol):
         """Before a forward whose dispatches take this mode. Collective."""
         ...
 
+    def leave(self) -> None:
+        """After a forward: asks, without a wait, whether a rank was given up on in it."""
+        ...
+
     def verify(self) -> None:
-        """After a forward: raises if a rank was given up on in it. Waits for the device."""
+        """Once the device has been waited for: raises if a rank was given up on."""
         ...
 
 

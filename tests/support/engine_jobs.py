@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from moesaic.launch.engine.assembly import assemble_engine
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
 from moesaic.launch.engine.graph_plan import GraphPlan
+from moesaic.launch.engine.graphs import GraphBackend
 from moesaic.launch.engine.messages import AbortRequest, Control, GenerateRequest, RequestOutput, SamplingParams, every_output
 from moesaic.launch.engine.model_runner import ModelRunner, RunnerConfig
 from moesaic.launch.engine.process_groups import NewGroup, make_engine_groups, make_parallel_context
@@ -76,8 +77,9 @@ class EngineSettings:
     overlap_schedule: bool = True
     single_batch_overlap: bool = False
     graph_rows: tuple[int, ...] = ()
+    graphs: Callable[[], GraphBackend] | None = None
     device: str = "cpu"
-    runner: Name = "torch"
+    expert_backends: tuple[Name, ...] = ("torch",)
     staged: bool = False
 
     @property
@@ -123,9 +125,10 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup | N
             load_format=settings.load_format,
             dtype=settings.dtype,
             prefill_backend=settings.prefill_backend,
-            kv_dtype=settings.kv_dtype,
             device=settings.device,
-            expert_backends=(settings.runner,),
+            expert_backends=settings.expert_backends,
+            fp8_gemm_backends=settings.expert_backends,
+            kv_dtype=settings.kv_dtype,
             context_length=settings.context_length,
             page_size=settings.page_size,
             fp8_activations=settings.fp8_activations,
@@ -142,9 +145,10 @@ def make_runner(settings: EngineSettings, rank: int = 0, new_group: NewGroup | N
     )
     runner.allocate_kv(settings.num_pages, settings.num_host_pages)
     if settings.graph_rows:
-        widths = (8, -(-settings.context_length // settings.page_size))
+        widths = tuple(sorted({8, -(-settings.context_length // settings.page_size)}))
         plan = GraphPlan(rows=settings.graph_rows, widths=widths, split_from=settings.split_from.decode)
-        runner.capture_graphs(plan, RepeatedCalls() if on_cpu else CudaGraphs(), lambda done, total: None)
+        graphs = settings.graphs or (RepeatedCalls if on_cpu else CudaGraphs)
+        runner.capture_graphs(plan, graphs(), lambda done, total: None)
     return runner
 
 

@@ -51,7 +51,7 @@ def simulate(growth: Growth, lengths: Int64Array, seed: int = 0) -> Outcome:
     rng = np.random.default_rng(seed)
     config = SchedulerConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE, max_running=256, context_length=4096, chunk_tokens=2048)
     scheduler = Scheduler(config)
-    scheduler._growth = growth
+    scheduler.memory.growth = growth
     prompts = rng.integers(100, 500, len(lengths))
     arriving = iter(enumerate(zip(prompts.tolist(), lengths.tolist(), strict=True)))
     waiting = next(arriving, None)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.kernels.random_bits import gumbel_noise, random_bits, row_keys
+from moesaic.launch.engine import sampler
 from moesaic.launch.engine.penalties import Penalties, TokenHistory
-from moesaic.launch.engine.sampler import NonFiniteLogits, SamplingBatch, sample, token_logprobs
+from moesaic.launch.engine.sampler import SamplingBatch, token_logprobs
 
 NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "seed": 0, "position": 0}
 
@@ -22,6 +23,13 @@ NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p
 def batch_of(rows: Sequence[dict[str, Any]], **kwargs: Any) -> SamplingBatch:
     """One row per dict of parameters that are not neutral."""
     return SamplingBatch.make(**{name: [{**NEUTRAL, **row}[name] for row in rows] for name in NEUTRAL}, **kwargs)
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Tokens of rows that all can be sampled."""
+    tokens, is_finite = sampler.sample(logits, batch)
+    assert is_finite.all()
+    return tokens
 
 
 def draw(logits: torch.Tensor, num: int, **params: Any) -> np.ndarray[Any, Any]:
@@ -206,19 +214,22 @@ def test_banned_tokens_are_never_chosen(temperature: float) -> None:
         assert tokens[1] != 2
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("parameters", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 3}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_numbers_name_their_row(temperature: float, bad: float) -> None:
-    logits = logits_like(4, 10)
+def test_rows_that_are_not_numbers_are_told_and_the_others_get_their_tokens(parameters: dict[str, Any], bad: float) -> None:
+    """A row's token is an input of the next step before anyone has looked: it must be one, whatever the logits were."""
+    logits = logits_like(4, 3000)
+    whole = sample(logits, batch_of([parameters] * 4))
     logits[1, 3] = logits[2, 9] = bad
-    with pytest.raises(NonFiniteLogits, match=r"row\(s\) \[1, 2\]") as error:
-        sample(logits, batch_of([{"temperature": temperature}] * 4))
-    assert error.value.rows == [1, 2]
+    tokens, is_finite = sampler.sample(logits, batch_of([parameters] * 4))
+    assert is_finite.tolist() == [True, False, False, True]
+    assert torch.equal(tokens[is_finite], whole[is_finite])
+    assert ((tokens >= 0) & (tokens < 3000)).all()
 
 
-def test_a_row_with_no_token_left_is_refused() -> None:
-    with pytest.raises(NonFiniteLogits, match=r"\[0\]"):
-        sample(torch.zeros(1, 2), batch_of([{}], banned=[(0, [0, 1])]))
+def test_a_row_with_no_token_left_is_told() -> None:
+    _, is_finite = sampler.sample(torch.zeros(1, 2), batch_of([{}], banned=[(0, [0, 1])]))
+    assert is_finite.tolist() == [False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

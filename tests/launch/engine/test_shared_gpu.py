@@ -67,7 +67,7 @@ def _settings(model: TinyModel, device: str, **options: Any) -> EngineSettings:
         model_path=str(model.folder),
         device=device,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
-        runner="triton" if on_gpu else "torch",
+        expert_backends=("triton" if on_gpu else "torch",),
         page_size=64,
         num_pages=32,
         max_running=8,
@@ -157,7 +157,7 @@ def test_ranks_that_write_each_others_memory_on_one_gpu_say_what_collectives_say
         _settings(model, device, tp=sizes["tp"], dp=sizes["dp"], a2a="symm"),
         cap=8,
         fp8_activations=True,
-        fp8_experts=True,
+        fp8_weights=True,
         graph_rows=(1, 4) if sizes["graphs"] else (),
     )
     requests = [greedy_request(index, [20 + index, *range(3, 3 + index)], 4) for index in range(6)]
