@@ -8,6 +8,9 @@ sums without spilling, which is what Hopper's products (wgmma) take. FP8 rows be
 instruction for two values (bf16: four); so does a bf16 query then, over a power of two of its own that the scores are given back.
 """
 
+# mypy: disable-error-code="assignment"
+# (a tuple of tiles grows by one in every turn)
+
 from __future__ import annotations
 
 from typing import Any
