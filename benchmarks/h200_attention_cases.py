@@ -5,16 +5,17 @@ Sizes and helpers are those of h200_cases.py.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import h200_cases as base
 import torch
-from h200_cases import Case, Ready, relative_error
+from h200_cases import Call, Case, Ready, relative_error
 from torch import Tensor
 
 from moesaic.kernels import merge_attention, mla_decode, mla_prefill, quant
-from moesaic.kernels.prefill_libraries import FlashInferPrefill, Prefill, sdpa_prefill
+from moesaic.kernels.prefill_libraries import WORKSPACE_BYTES, FlashInferPrefill, Prefill, sdpa_prefill
 
 PROMPT = 4096
 
@@ -57,13 +58,12 @@ def _mla(tokens: int, context: int, fp8: bool) -> Case:
                 for row in (0, tokens - 1)
             )
 
-        return Ready(
-            ours=lambda: mla_decode.mla_decode(query, pool, page_table, lens, **options),
-            error=error,
-            peers={"torch (gathers the pages)": lambda: mla_decode.mla_decode_reference(query, pool, page_table, lens, **options)}
-            if tokens * context <= 2**19 and not fp8
-            else {},
-        )
+        peers: dict[str, Call] = {}
+        if not fp8 and find_spec("flashinfer"):
+            peers["FlashInfer"] = _flashinfer_decode(query, pool, page_table, lens, scale)
+        if not fp8 and tokens * context <= 2**19:
+            peers["torch (gathers the pages)"] = lambda: mla_decode.mla_decode_reference(query, pool, page_table, lens, **options)
+        return Ready(ours=lambda: mla_decode.mla_decode(query, pool, page_table, lens, **options), error=error, peers=peers)
 
     return Case(
         name=f"mla_decode {'fp8' if fp8 else 'bf16'}",
@@ -74,6 +74,25 @@ def _mla(tokens: int, context: int, fp8: bool) -> Case:
         in_quick=(tokens, context) == (128, 4096),
         target=0.85,
     )
+
+
+def _flashinfer_decode(query: Tensor, pool: Tensor, page_table: Tensor, lens: Tensor, scale: float) -> Call:
+    """FlashInfer's MLA decode on the same pool, planned by the first call."""
+
+    @cache
+    def planned() -> Any:
+        import flashinfer
+
+        starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+        pages, sizes = page_table.flatten().int(), (base.HEADS, base.LATENT, base.KEY, base.PAGE)
+        wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.int8, device=query.device))
+        starts_of_pages = starts * page_table.shape[1]
+        wrapper.plan(starts, starts_of_pages, pages, lens.int(), *sizes, False, scale, query.dtype, pool.dtype)
+        return wrapper
+
+    parts = (base.LATENT, base.KEY)
+    arguments = (*query.split(parts, dim=-1), *pool.view(-1, base.PAGE, sum(parts)).split(parts, dim=-1))
+    return lambda: planned().run(*arguments)
 
 
 def _prefill(tokens: int) -> Case:
