@@ -5,6 +5,7 @@ Sizes and helpers are those of h200_cases.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -59,6 +60,8 @@ def _mla(tokens: int, context: int, fp8: bool) -> Case:
             )
 
         peers: dict[str, Call] = {}
+        if base.DEVICE == "cuda":
+            peers["tiles of 32 rows"] = lambda: _decode_in_small_tiles(query, pool, page_table, lens, **options)
         if not fp8 and find_spec("flashinfer"):
             peers["FlashInfer"] = _flashinfer_decode(query, pool, page_table, lens, scale)
         if not fp8 and tokens * context <= 2**19:
@@ -74,6 +77,14 @@ def _mla(tokens: int, context: int, fp8: bool) -> Case:
         in_quick=(tokens, context) == (128, 4096),
         target=0.85,
     )
+
+
+def _decode_in_small_tiles(query: Tensor, pool: Tensor, page_table: Tensor, lens: Tensor, **options: Any) -> Tensor:
+    """Our kernel, with smaller tiles that come further ahead of their use: which is faster is to be measured."""
+    from moesaic.kernels.triton import mla_decode as device
+
+    tiling = replace(device.tiling_for(query.dtype, pool.dtype, base.HEADS), tokens=32, num_stages=5)
+    return device.mla_decode(query, pool, page_table, lens, split_tokens=mla_decode.SPLIT_TOKENS, tiling=tiling, **options)
 
 
 def _flashinfer_decode(query: Tensor, pool: Tensor, page_table: Tensor, lens: Tensor, scale: float) -> Call:

@@ -13,6 +13,7 @@ instruction for two values (bf16: four); so does a bf16 query then, over a power
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +27,31 @@ from moesaic.kernels.quant import FP8
 from moesaic.kernels.triton.launch import ceil_div, launch, power_of_two
 
 LOG2_E = 1.4426950408889634
-LEAST_HEADS, MOST_HEADS, MOST_HEADS_FP32 = 16, 64, 16
+LEAST_HEADS, MOST_HEADS = 16, 64
 """Rows of a tile of scores: what a tensor core takes at least, and what fits beside the latent rows without spilling."""
 PIECES, LEAST_PIECE = 4, 16
-STAGES, STAGES_FP8 = 3, 5
-"""Of Triton's pipeline: with 3, page numbers come a tile ahead of their rows, and these a tile ahead of their use; with 5, both two
-tiles ahead, so that a tile of rows has a whole turn of the loop to arrive. Rows in bf16 leave no room for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Heads and context rows of a tile, and how it is computed. Of Triton's stages: with 3, page numbers come a tile ahead of their
+    rows, and these a tile ahead of their use; with 5, both two tiles ahead, so that rows have a whole turn of the loop to arrive.
+    """
+
+    heads: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def tiling_for(dtype: torch.dtype, pool_dtype: torch.dtype, num_heads: int) -> Tiling:
+    """Hopper's tile for the dtypes of query and pool. 64 rows in bf16 leave no room for a third tile of them."""
+    least = max(power_of_two(num_heads), LEAST_HEADS)
+    if dtype is torch.float32:
+        return Tiling(heads=LEAST_HEADS, tokens=16, num_warps=4, num_stages=3)
+    few = least == LEAST_HEADS
+    tokens, stages = (32 if few else 64, 5) if pool_dtype is FP8 else (64, 3)
+    return Tiling(heads=min(least, MOST_HEADS), tokens=tokens, num_warps=4 if few else 8, num_stages=stages)
 
 
 @triton.jit
@@ -186,8 +206,9 @@ def mla_decode(
     scale: float,
     split_tokens: int,
     kv_scale: float = 1.0,
+    tiling: Tiling | None = None,
 ) -> Tensor:
-    """As `kernels.mla_decode.mla_decode`."""
+    """As `kernels.mla_decode.mla_decode`; `tiling` is for benchmarks that compare."""
     _check(query, pool_rows, page_table, seq_lens, page_size, value_dim, split_tokens)
     check_kv_scale("mla_decode", kv_scale, pool_rows)
     num_rows, num_heads, width = query.shape
@@ -199,7 +220,7 @@ def mla_decode(
     partial = query.new_empty(num_rows, kept, num_heads, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(num_rows, kept, num_heads, dtype=torch.float32)
     is_wide, is_fp8 = query.dtype is torch.float32, pool_rows.dtype is FP8
-    heads = min(max(power_of_two(num_heads), LEAST_HEADS), MOST_HEADS_FP32 if is_wide else MOST_HEADS)
+    tiling = tiling or tiling_for(query.dtype, pool_rows.dtype, num_heads)
     padded = max(power_of_two(value_dim), PIECES * LEAST_PIECE)
     sizes: dict[str, Any] = {"SPLIT": split_tokens, "VALUE": value_dim, "VALUE_PADDED": padded}
     shared: dict[str, Any] = {
@@ -211,7 +232,7 @@ def mla_decode(
     }
     launch(
         _split_kernel,
-        (ceil_div(num_heads, heads), num_rows, num_splits),
+        (ceil_div(num_heads, tiling.heads), num_rows, num_splits),
         **shared,
         **sizes,
         query=query,
@@ -225,13 +246,13 @@ def mla_decode(
         PAGE=page_size,
         KEY=width - value_dim,
         KEY_PADDED=max(power_of_two(width - value_dim), 16),
-        HEADS=heads,
-        TOKENS=16 if is_wide else 32 if is_fp8 and heads == LEAST_HEADS else 64,
+        HEADS=tiling.heads,
+        TOKENS=tiling.tokens,
         PIECES=PIECES,
         NARROWS=is_fp8 and query.dtype is torch.bfloat16,
         PRECISION="ieee" if is_wide else "tf32",
-        num_warps=8 if heads > LEAST_HEADS else 4,
-        num_stages=STAGES_FP8 if is_fp8 else STAGES,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )
     if num_splits > 1:
         launch(_merge_kernel, (num_heads, num_rows), **shared, **sizes, num_splits=num_splits)
