@@ -3,8 +3,8 @@
 Needs torch, triton and numpy only, under 9 minutes. Copy bandwidth and matrix ceilings are measured first, in the same run; a
 case's floor is the larger of its bytes over the one and its operations over the other. Results are checked against a reference,
 and a second run against the first bit by bit, before anything is timed (h200_timing.py says how). The report is written after every
-case; one that fails is noted and the rest go on, in a new process where it took the GPU's context with it. `--continue` goes on
-where a run was cut off. Without a GPU it says what it would run and exits 0. Exit status 1: a result was wrong.
+case; one that fails is noted and the rest go on, in a new process where it took the GPU's context with it or hung. `--continue`
+goes on where a run was cut off. Without a GPU it says what it would run and exits 0. Exit status 1: a result was wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,9 @@ from h200_step_cases import step_cases
 from h200_timing import Ceilings, cold_us, measure_ceilings, warm_us
 from torch import Tensor
 
-SECONDS = 500.0
+SECONDS, CASE_SECONDS = 500.0, 120.0
 L2_BYTES = 50 * 2**20
-UNENDED = "did not end: the run was cut off here"
+UNENDED = "did not end: it hung, or the run was cut off here"
 
 
 def main() -> int:
@@ -42,16 +43,31 @@ def main() -> int:
     if arguments.list or not torch.cuda.is_available():
         _print_plan(cases, why="" if arguments.list else "no CUDA device here; on one this would run:")
         return 0
-    deadline = time.monotonic() + arguments.seconds
     report = Report.read(arguments.output) if arguments.go_on else None
     report = report or _new_report(arguments.output)
-    run_cases(cases, report, measure, lambda: time.monotonic() < deadline)
-    if _context_is_dead():
-        rest = ["--continue", "--seconds", str(max(deadline - time.monotonic(), 0.0))]
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *rest])
+    _run(cases, report, deadline=time.monotonic() + arguments.seconds)
     print(f"{report.folder / 'report.md'}, {report.folder / 'report.json'}")
     print(report.summary())
     return 1 if any(result.is_wrong for result in report.results) else 0
+
+
+def _run(cases: list[Case], report: Report, *, deadline: float) -> None:
+    """All cases, in as many processes as it takes; `report` has been written, and says of a case that began that it did not end."""
+
+    def restart() -> None:
+        rest = ["--continue", "--seconds", str(max(deadline - time.monotonic(), 0.0))]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *rest])
+
+    def measure_in_time(case: Case, result: Result) -> None:
+        watch = threading.Timer(CASE_SECONDS, restart)
+        watch.daemon = True
+        watch.start()
+        measure(case, result)
+        watch.cancel()
+
+    run_cases(cases, report, measure_in_time, lambda: time.monotonic() < deadline)
+    if _context_is_dead():
+        restart()
 
 
 def _parser() -> argparse.ArgumentParser:
