@@ -115,7 +115,8 @@ class AttentionMetadata:
     def extend_groups(self, page_size: int) -> tuple[ExtendGroup, ...]:
         """The extend sequences, packed for pages of this size: by the first layer that asks, for all."""
         if page_size not in self._packed:
-            self._packed[page_size] = tuple(extend_groups(self.extends, page_size))
+            aligned = self.slots.device.type != "cpu"
+            self._packed[page_size] = tuple(extend_groups(self.extends, page_size, aligned=aligned))
         return self._packed[page_size]
 
 

@@ -2,78 +2,89 @@
 
 Needs torch, triton and numpy only, under 9 minutes. Copy bandwidth and matrix ceilings are measured first, in the same run; a
 case's floor is the larger of its bytes over the one and its operations over the other. Results are checked against a reference,
-and a second run against the first bit by bit, before anything is timed. Times are medians over replays of a CUDA graph of several
-calls (or of events where a call waits for the CPU): small tensors lie in the L2 cache then, marked "L2". Without a GPU it says
-what it would run and exits 0. Exit status 1: a result was wrong.
+and a second run against the first bit by bit, before anything is timed (h200_timing.py says how). The report is written after every
+case; one that fails is noted and the rest go on, in a new process where it took the GPU's context with it or hung. `--continue`
+goes on where a run was cut off. Without a GPU it says what it would run and exits 0. Exit status 1: a result was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
+import os
 import platform
-import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import bare_import  # noqa: F401  before anything of moesaic
 import torch
-from h200_cases import Call, Case, Ready, all_cases
+from h200_attention_cases import attention_cases
+from h200_cases import Call, Case, Ready
 from h200_expert_cases import expert_cases
+from h200_product_cases import product_cases
+from h200_report import Report, Result
+from h200_row_cases import row_cases
 from h200_step_cases import step_cases
+from h200_timing import Ceilings, cold_us, measure_ceilings, warm_us
 from torch import Tensor
 
-DEADLINE_S = 500.0
-CALLS_IN_GRAPH, REPLAYS = 10, 15
+SECONDS, CASE_SECONDS = 500.0, 120.0
 L2_BYTES = 50 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """Measured: bytes per second of a copy (read and written), operations per second of large matrix products."""
-
-    copy: float
-    bf16: float
-    fp8: float
-
-
-@dataclass(kw_only=True)
-class Result:
-    """One case. `floor_share` is floor / time: 1 is as fast as the machine can. `problem` says why there is no time."""
-
-    name: str
-    size: str
-    floor_us: float
-    bound: str
-    time_us: float | None = None
-    floor_share: float | None = None
-    error: float | None = None
-    peers_us: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problem: str | None = None
-    is_wrong: bool = False
+UNENDED = "did not end: it hung, or the run was cut off here"
 
 
 def main() -> int:
+    arguments = _parser().parse_args()
+    word = arguments.only or ""
+    cases = [case for case in all_cases() if (case.in_quick or not arguments.quick) and word in case.name]
+    if arguments.list or not torch.cuda.is_available():
+        _print_plan(cases, why="" if arguments.list else "no CUDA device here; on one this would run:")
+        return 0
+    report = Report.read(arguments.output) if arguments.go_on else None
+    report = report or _new_report(arguments.output)
+    _run(cases, report, deadline=time.monotonic() + arguments.seconds)
+    print(f"{report.folder / 'report.md'}, {report.folder / 'report.json'}")
+    print(report.summary())
+    return 1 if any(result.is_wrong for result in report.results) else 0
+
+
+def _run(cases: list[Case], report: Report, *, deadline: float) -> None:
+    """All cases, in as many processes as it takes; `report` has been written, and says of a case that began that it did not end."""
+
+    def restart() -> None:
+        rest = ["--continue", "--seconds", str(max(deadline - time.monotonic(), 0.0))]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *rest])
+
+    def measure_in_time(case: Case, result: Result) -> None:
+        watch = threading.Timer(CASE_SECONDS, restart)
+        watch.daemon = True
+        watch.start()
+        measure(case, result)
+        watch.cancel()
+
+    run_cases(cases, report, measure_in_time, lambda: time.monotonic() < deadline)
+    if _context_is_dead():
+        restart()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python benchmarks/h200.py", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="say what would run")
     parser.add_argument("--only", metavar="WORD", help="only cases with this word in their name")
     parser.add_argument("--quick", action="store_true", help="one size of every kernel")
     parser.add_argument("--output", type=Path, default=Path("h200-report"), help="folder of report.json and report.md")
-    arguments = parser.parse_args()
-    word = arguments.only or ""
-    cases = [
-        case for case in all_cases() + step_cases() + expert_cases() if (case.in_quick or not arguments.quick) and word in case.name
-    ]
-    if arguments.list or not torch.cuda.is_available():
-        _print_plan(cases, why="" if arguments.list else "no CUDA device here; on one this would run:")
-        return 0
-    results, ceilings = _run_all(cases)
-    _report(results, ceilings, arguments.output)
-    return 1 if any(result.is_wrong for result in results) else 0
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="go on with the report in --output")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin no case after so many [{SECONDS:.0f}]")
+    return parser
+
+
+def all_cases() -> list[Case]:
+    """One size of every kernel first: what a run that is cut off should have."""
+    cases = row_cases() + attention_cases() + product_cases() + expert_cases() + step_cases()
+    return sorted(cases, key=lambda case: not case.in_quick)
 
 
 def _print_plan(cases: list[Case], *, why: str) -> None:
@@ -85,152 +96,104 @@ def _print_plan(cases: list[Case], *, why: str) -> None:
     print(f"{len(cases)} cases")
 
 
-def _run_all(cases: list[Case]) -> tuple[list[Result], Ceilings]:
-    begin, seed = time.monotonic(), int(time.time())
+def _new_report(folder: Path) -> Report:
+    seed = int(time.time())
     torch.manual_seed(seed)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}")
-    ceilings = measure_ceilings()
-    print(f"copy {ceilings.copy / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s, fp8 {ceilings.fp8 / 1e12:.0f} TFLOP/s")
-    results = []
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version()}
+    print(f"{machine['device']}, torch {torch.__version__}, seed {seed}")
+    found = measure_ceilings()
+    print(found)
+    return Report(folder=folder, machine=machine, ceilings=found)
+
+
+def run_cases(
+    cases: list[Case], report: Report, measure_one: Callable[[Case, Result], None], is_time_left: Callable[[], bool]
+) -> None:
+    """Adds a result for each case that the report does not have yet; ends early where a case has broken the device."""
+    known = {(result.name, result.size) for result in report.results if result.problem is None or result.is_wrong}
+    report.results = [result for result in report.results if (result.name, result.size) in known]
     for case in cases:
-        result = _new_result(case, ceilings)
-        if time.monotonic() - begin > DEADLINE_S:
-            result.problem = f"not run: {DEADLINE_S:.0f} s were over"
+        if (case.name, case.size) in known:
+            continue
+        result = new_result(case, report.ceilings)
+        report.results.append(result)
+        if is_time_left():
+            result.problem, result.is_wrong = UNENDED, True
+            report.write()
+            measure_one(case, result)
         else:
-            _measure(case, result)
-        results.append(result)
-        print(_line(result), flush=True)
-    return results, ceilings
+            result.problem = "not run: the time was over"
+        report.write()
+        print(result.line, flush=True)
+        if _context_is_dead():
+            return
 
 
-def measure_ceilings() -> Ceilings:
-    copy_us = _copy_us(2**31)
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    bf16_us = _time(lambda: a @ b.t(), captured=True)
-    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
-    fp8_us = _time(lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), captured=True)
-    flops = 2 * size**3
-    return Ceilings(copy=2 * 2**31 / copy_us * 1e6, bf16=flops / bf16_us * 1e6, fp8=flops / fp8_us * 1e6)
+def _context_is_dead() -> bool:
+    """After an illegal access every call on the device fails, until the process ends."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
-def _copy_us(num_bytes: int) -> float:
-    source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return _time(lambda: target.copy_(source), captured=True)
-
-
-def _new_result(case: Case, ceilings: Ceilings) -> Result:
+def new_result(case: Case, ceilings: Ceilings) -> Result:
     memory_us = case.num_bytes / ceilings.copy * 1e6
     compute_us = case.num_flops / getattr(ceilings, case.matmul) * 1e6
     bound = f"{case.matmul} operations" if compute_us > memory_us else "memory"
     return Result(name=case.name, size=case.size, floor_us=max(memory_us, compute_us), bound=bound)
 
 
-def _measure(case: Case, result: Result) -> None:
-    """Fills in the result. A failure of one case is its result, not the end of the run."""
+def measure(case: Case, result: Result) -> None:
+    """Fills in the result, whatever happens."""
     try:
-        ready = case.make()
-        result.error = ready.error()
-        if not result.error <= case.tolerance:  # also where it isn't a number
-            result.problem, result.is_wrong = f"wrong: relative error {result.error:.2g}, allowed {case.tolerance}", True
-        elif ready.repeats and not _repeats(ready.ours):
-            result.problem, result.is_wrong = "wrong: two runs differ", True
-        else:
-            _fill_times(case, ready, result)
-    except (RuntimeError, ValueError, ImportError, AttributeError, torch.AcceleratorError) as error:
+        _check_and_time(case, result)
+    except Exception as error:  # a compiler's, a library's, the device's: it is this case's result, not the end of the run
         result.problem, result.is_wrong = f"failed: {type(error).__name__}: {str(error)[:200]}", True
-    torch.cuda.empty_cache()
+    gc.collect()
+    if torch.cuda.is_available() and not _context_is_dead():
+        torch.cuda.empty_cache()
+
+
+def _check_and_time(case: Case, result: Result) -> None:
+    ready = case.make()
+    result.error, result.problem, result.is_wrong = ready.error(), None, False
+    if not result.error <= case.tolerance:  # also where it isn't a number
+        result.problem, result.is_wrong = f"wrong: relative error {result.error:.2g}, allowed {case.tolerance}", True
+    elif ready.repeats and not repeats(ready.specified or ready.ours):
+        result.problem, result.is_wrong = "wrong: two runs differ", True
+    else:
+        _fill_times(case, ready, result)
 
 
 def _fill_times(case: Case, ready: Ready, result: Result) -> None:
-    result.time_us = _time(ready.ours, captured=case.captured)
-    result.floor_share = result.floor_us / result.time_us
-    if case.num_bytes < L2_BYTES:
-        result.notes.append("L2")
+    result.time_us = warm_us(ready.ours, captured=case.captured)
+    if case.captured and case.num_bytes < 2 * L2_BYTES:
+        result.cold_us = cold_us(ready.ours)
+    result.floor_share = result.floor_us / max(result.time_us, result.cold_us or 0.0)
     if case.target is not None:
         result.notes.append(f"target {case.target:.0%}: {'met' if result.floor_share >= case.target else 'missed'}")
     if case.target_us is not None:
         result.notes.append(f"target {case.target_us:g} us: {'met' if result.time_us <= case.target_us else 'missed'}")
     for name, peer in ready.peers.items():
         try:
-            result.peers_us[name] = _time(peer, captured=False)
-        except (RuntimeError, ValueError, TypeError) as error:
-            result.notes.append(f"{name} refused: {str(error)[:80]}")
+            result.peers_us[name] = warm_us(peer, captured=False)
+        except Exception as error:  # whatever another library raises
+            result.notes.append(f"{name} refused: {type(error).__name__}: {str(error)[:80]}")
 
 
-def _repeats(call: Call) -> bool:
+def repeats(call: Call) -> bool:
     """Whether two runs give the same bits."""
-    first, second = (_bits(call()) for _ in range(2))
+    first = _bits(call())
+    second = _bits(call())
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def _bits(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     tensors = result if isinstance(result, tuple) else (result,)
     return [x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in tensors]
-
-
-def _time(call: Callable[[], object], *, captured: bool) -> float:
-    """Median microseconds of one call."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    run, calls = (_captured(call), CALLS_IN_GRAPH) if captured else (call, 1)
-    spans = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        spans.append(begin.elapsed_time(end) * 1000 / calls)
-    return statistics.median(spans)
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_IN_GRAPH):
-            call()
-    graph.replay()
-    return graph.replay
-
-
-def _line(result: Result) -> str:
-    if result.time_us is None or result.floor_share is None:
-        return f"{result.name:30} {result.size:60} {result.problem}"
-    peers = ", ".join(f"{name} {us:.1f} us ({us / result.time_us:.2f}x)" for name, us in result.peers_us.items())
-    share = f"{result.time_us:9.1f} us  floor {result.floor_us:9.1f} ({result.bound})  {result.floor_share:6.1%}"
-    return f"{result.name:30} {result.size:60} {share}  {peers}  {'; '.join(result.notes)}"
-
-
-def _report(results: list[Result], ceilings: Ceilings, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version()}
-    summary = {"machine": machine, "ceilings": asdict(ceilings), "results": [asdict(result) for result in results]}
-    (folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    rows = [
-        f"| {r.name} | {r.size} | {_number(r.time_us)} | {r.floor_us:.1f} ({r.bound}) | "
-        f"{'' if r.floor_share is None else f'{r.floor_share:.0%}'} | "
-        f"{', '.join(f'{name} {us:.1f}' for name, us in r.peers_us.items())} | {r.problem or '; '.join(r.notes)} |"
-        for r in results
-    ]
-    head = [
-        f"# {machine['device']}, {time.strftime('%Y-%m-%d')}",
-        "",
-        f"torch {machine['torch']}; copy {ceilings.copy / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s, "
-        f"fp8 {ceilings.fp8 / 1e12:.0f} TFLOP/s, measured in this run.",
-        "",
-        "| kernel | size | us | floor, us | floor / time | peers, us | notes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    (folder / "report.md").write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
-    print(f"{folder / 'report.md'}, {folder / 'report.json'}")
-    print(json.dumps({"ceilings": summary["ceilings"], "cases": len(results), "wrong": sum(r.is_wrong for r in results)}))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

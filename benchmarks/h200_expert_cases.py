@@ -31,8 +31,8 @@ def _experts(tokens: int, mean: int, *, masked: bool) -> Case:
     rows, parameters = LOCAL * each, LOCAL * 3 * base.INTERMEDIATE * base.HIDDEN
 
     def make() -> Ready:
-        gate_up, gate_up_scales = base._fp8_weights(LOCAL, 2 * base.INTERMEDIATE, base.HIDDEN)
-        down, down_scales = base._fp8_weights(LOCAL, base.HIDDEN, base.INTERMEDIATE)
+        gate_up, gate_up_scales = base.fp8_weights(LOCAL, 2 * base.INTERMEDIATE, base.HIDDEN)
+        down, down_scales = base.fp8_weights(LOCAL, base.HIDDEN, base.INTERMEDIATE)
         weights = ExpertWeights(gate_up=gate_up, down=down, gate_up_scales=gate_up_scales, down_scales=down_scales)
         given = _masked_rows(tokens, each) if masked else _contiguous_rows(each)
 
@@ -46,7 +46,9 @@ def _experts(tokens: int, mean: int, *, masked: bool) -> Case:
             got, count = ours()[0] if masked else ours(), min(CHECKED, each)
             return relative_error(got[:count], _reference(weights, given, count))
 
-        return Ready(ours=ours, error=error, peers={name: by(name) for name in NAMES if _fits(name)})
+        peers = {name: by(name) for name in NAMES if _fits(name)}
+        specified = (lambda: base.valid_rows(ours(), [each] * LOCAL)) if masked else None
+        return Ready(ours=ours, error=error, peers=peers, specified=specified)
 
     return Case(
         name=f"fp8_experts_{'masked' if masked else 'contiguous'}",
@@ -68,13 +70,13 @@ def _fits(name: Name) -> bool:
 
 
 def _contiguous_rows(each: int) -> ContiguousRows:
-    hidden, scales = quant.quantize_per_token(base._random(LOCAL * each, base.HIDDEN), mn_major_scales=True)
+    hidden, scales = quant.quantize_per_token(base.random(LOCAL * each, base.HIDDEN), mn_major_scales=True)
     return ContiguousRows(hidden=hidden, counts=[each] * LOCAL, scales=scales)
 
 
 def _masked_rows(tokens: int, each: int) -> MaskedRows:
     room = RANKS * tokens
-    hidden, scales = quant.quantize_per_token(base._random(LOCAL * room, base.HIDDEN))
+    hidden, scales = quant.quantize_per_token(base.random(LOCAL * room, base.HIDDEN))
     hidden = hidden.view(LOCAL, room, base.HIDDEN)
     own = quant.empty_scales(hidden, mn_major=True).copy_(scales.view(LOCAL, room, -1))
     counts = torch.full((LOCAL,), each, device=base.DEVICE)

@@ -1,11 +1,10 @@
-"""More cases of benchmarks/h200.py: replica choice by the batch, prefill attention, embedding, sampling, and the peer exchange.
+"""More cases of benchmarks/h200.py: replica choice by the batch, embedding, sampling, and the peer exchange.
 
 As h200_cases.py, whose sizes, names and helpers these share.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.util import find_spec
 
 import h200_cases as base
@@ -13,18 +12,15 @@ import torch
 from h200_cases import Case, Ready, relative_error
 from torch import Tensor
 
-from moesaic.kernels import balanced_choice, embedding, grouped_gemm, merge_attention, mla_prefill, peer_exchange, quant, sampling
-from moesaic.kernels.prefill_libraries import FlashInferPrefill, Prefill, sdpa_prefill
+from moesaic.kernels import balanced_choice, embedding, grouped_gemm, peer_exchange, quant, sampling
 
-VOCABULARY, NOPE, VALUE, PROMPT, REDUNDANT = 129280, 128, 128, 4096, 32
+REDUNDANT = 32
 
 
 def step_cases() -> list[Case]:
     """In the order in which they run."""
     return [
         *(_balanced(tokens, ranks) for tokens, ranks in ((128, 32), (128, 72), (32, 32), (256, 72), (4096, 32))),
-        *(_prefill(tokens) for tokens in (4096, 8192, 16384)),
-        *(_merge(tokens) for tokens in (4096, 16384)),
         *(_embed(tokens) for tokens in (128, 4096, 16384)),
         *(case for tokens in (128, 32, 256) for case in _sampling(tokens)),
         _peers(128),
@@ -67,81 +63,10 @@ def _balanced(tokens: int, ranks: int) -> Case:
     )
 
 
-def _prefill(tokens: int) -> Case:
-    """Prompts of 4096 tokens without cached prefixes."""
-    prompt = min(PROMPT, tokens)
-
-    def make() -> Ready:
-        heads, scale = base.HEADS, 0.07
-        query, value = base._random(tokens, heads, NOPE + base.KEY), base._random(tokens, heads, VALUE)
-        key, key_rope = base._random(heads, NOPE, tokens), base._random(base.KEY, tokens)
-        chunks = torch.tensor([[first, prompt, first, 0] for first in range(0, tokens, prompt)])
-
-        def ours() -> Tensor:
-            return mla_prefill.mla_prefill(query, key, key_rope, value, chunks, scale=scale)
-
-        def error() -> float:
-            """Of the first and the last rows of the last prompt."""
-            few, first = min(64, prompt), tokens - prompt
-            spans = torch.tensor([[first, few, first, prompt, 0], [tokens - few, few, first, prompt, prompt - few]])
-            exact, _ = mla_prefill.mla_prefill_part_reference(query, key, key_rope, value, spans, scale=scale)
-            rows = torch.cat([torch.arange(first, first + few), torch.arange(tokens - few, tokens)])
-            return relative_error(ours()[rows], exact[rows])
-
-        whole = torch.cat([key, key_rope.expand(heads, -1, -1)], dim=1)
-        parts = tokens // prompt, prompt
-        sdpa_query, sdpa_value = (x.view(*parts, heads, -1).transpose(1, 2) for x in (query, value))
-        sdpa_key = whole.permute(2, 0, 1).contiguous().view(*parts, heads, -1).transpose(1, 2)
-
-        def sdpa() -> Tensor:
-            attend = torch.nn.functional.scaled_dot_product_attention
-            return attend(sdpa_query, sdpa_key, sdpa_value, is_causal=True, scale=scale)
-
-        # The peers behind our contract, with what it costs to bring keys and rotary parts together, and the bare product.
-        behind: dict[str, Prefill] = {"SDPA as a backend": sdpa_prefill}
-        if find_spec("flashinfer"):
-            behind["FlashInfer as a backend"] = FlashInferPrefill(torch.device(base.DEVICE))
-        peers = {name: partial(attend, query, key, key_rope, value, chunks, scale=scale) for name, attend in behind.items()}
-        return Ready(ours=ours, error=error, peers={"torch SDPA": sdpa, **peers})
-
-    width = NOPE + base.KEY + VALUE
-    return Case(
-        name="mla_prefill",
-        size=f"{tokens} tokens in prompts of {prompt}",
-        num_bytes=tokens * base.HEADS * (width + NOPE + VALUE) * 2,
-        num_flops=tokens * (prompt + 1) * base.HEADS * width,
-        make=make,
-        captured=False,
-        in_quick=tokens == 4096,
-    )
-
-
-def _merge(tokens: int) -> Case:
-    def make() -> Ready:
-        parts = [base._random(tokens, base.HEADS, VALUE) for _ in range(2)]
-        lses = [torch.randn(tokens, base.HEADS, device=base.DEVICE) for _ in range(2)]
-        arguments = (parts[0], lses[0], parts[1], lses[1])
-        exact, _ = merge_attention.merge_attention_reference(parts[0].float(), lses[0], parts[1].float(), lses[1])
-        return Ready(
-            ours=lambda: merge_attention.merge_attention(*arguments),
-            error=lambda: relative_error(merge_attention.merge_attention(*arguments)[0], exact),
-            peers={"torch": lambda: merge_attention.merge_attention_reference(*arguments)},
-        )
-
-    return Case(
-        name="merge_attention",
-        size=f"{tokens} tokens",
-        num_bytes=tokens * base.HEADS * (3 * VALUE * 2 + 12),
-        make=make,
-        in_quick=tokens == 4096,
-        target=0.85,
-    )
-
-
 def _embed(tokens: int) -> Case:
     def make() -> Ready:
-        table = base._random(VOCABULARY, base.HIDDEN)
-        ids = torch.randint(0, VOCABULARY, (tokens,), device=base.DEVICE)
+        table = base.random(base.VOCABULARY, base.HIDDEN)
+        ids = torch.randint(0, base.VOCABULARY, (tokens,), device=base.DEVICE)
         return Ready(
             ours=lambda: embedding.embed(ids, table),
             error=lambda: relative_error(embedding.embed(ids, table), table[ids]),
@@ -162,7 +87,7 @@ def _embed(tokens: int) -> Case:
 def _sampling(tokens: int) -> list[Case]:
     def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seed, position = (torch.randint(0, 2**40, (tokens,), device=base.DEVICE) for _ in range(2))
-        return base._random(tokens, VOCABULARY), torch.rand(tokens, device=base.DEVICE) + 0.5, seed, position
+        return base.random(tokens, base.VOCABULARY), torch.rand(tokens, device=base.DEVICE) + 0.5, seed, position
 
     def greedy() -> Ready:
         logits, *_ = inputs()
@@ -189,7 +114,7 @@ def _sampling(tokens: int) -> list[Case]:
             peers={"torch": lambda: sampling.sample_tokens_reference(*arguments)},
         )
 
-    size, num_bytes = f"{tokens} rows of {VOCABULARY}", tokens * VOCABULARY * 2
+    size, num_bytes = f"{tokens} rows of {base.VOCABULARY}", tokens * base.VOCABULARY * 2
     quick = tokens == 128
     return [
         Case(name="greedy_tokens", size=size, num_bytes=num_bytes, make=greedy, in_quick=quick),
@@ -210,10 +135,10 @@ def _peers(tokens: int) -> Case:
         words = torch.zeros(3, dtype=torch.int32, device=base.DEVICE)
         peers = torch.tensor([own.data_ptr()], device=base.DEVICE)
         window = peer_exchange.PeerWindow(layout=layout, rank=0, own=own, peers=peers, step=words[:1], late=words[1:])
-        hidden = base._random(tokens, base.HIDDEN)
+        hidden = base.random(tokens, base.HIDDEN)
         ids = torch.rand(tokens, local, device=base.DEVICE).topk(layout.topk).indices
         weights = torch.rand(tokens, layout.topk, device=base.DEVICE)
-        outputs = base._random(local, layout.room, base.HIDDEN)
+        outputs = base.random(local, layout.room, base.HIDDEN)
 
         def ours() -> Tensor:
             from moesaic.kernels.triton import peer_exchange as device
@@ -246,15 +171,15 @@ def _cute(tokens: int, scaled: bool) -> list[Case]:
     def make() -> Ready:
         from moesaic.kernels.cute import grouped_gemm as cute
 
-        x, counts = base._random(experts, room, depth), torch.full((experts,), mean, device=base.DEVICE)
+        x, counts = base.random(experts, room, depth), torch.full((experts,), mean, device=base.DEVICE)
         if scaled:
-            weight, scales = base._fp8_weights(experts, width, depth)
+            weight, scales = base.fp8_weights(experts, width, depth)
             values, own = quant.quantize_per_token_reference(x.view(-1, depth))
             values, own = values.view(x.shape), quant.empty_scales(x, mn_major=True).copy_(own.view(experts, room, -1))
             arguments = (values, own, weight, scales, counts)
             ours, triton = cute.grouped_gemm_fp8_masked, grouped_gemm.grouped_gemm_fp8_masked
         else:
-            arguments = (x, base._random(experts, width, depth), counts)
+            arguments = (x, base.random(experts, width, depth), counts)
             ours, triton = cute.grouped_gemm_masked, grouped_gemm.grouped_gemm_masked
 
         def by_triton() -> Tensor:

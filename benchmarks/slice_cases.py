@@ -6,8 +6,10 @@ skew, and DeepSeek's decode on EP 144.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import bare_import  # noqa: F401  before anything of moesaic
@@ -22,39 +24,9 @@ Phase = Literal["prefill", "decode"]
 
 PAGE_SIZE = 64
 _COMMON: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "n_shared_experts": 1, "routed_scaling_factor": 2.5}
-DEEPSEEK_V3 = parse_model_config(
-    _COMMON
-    | {
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "n_routed_experts": 256,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "qk_nope_head_dim": 128,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "max_position_embeddings": 163840,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 40,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-    }
-)
-"""The released config.json's numbers."""
+_RELEASED: dict[str, Any] = json.loads(Path(__file__).with_name("deepseek_v3.json").read_text(encoding="utf-8"))
+DEEPSEEK_V3 = parse_model_config({name: value for name, value in _RELEASED.items() if name != "quantization_config"})
+"""The released config.json's numbers; what is quantised the slice says itself."""
 TINY = parse_model_config(
     _COMMON
     | {

@@ -19,6 +19,11 @@ QUERY_BLOCK = 1024
 KEY_PADDING = 16
 """Elements after each row of keys that the native kernel may read (never use): its vectors are at most this long."""
 
+CONTEXT_ALIGNMENT = 16
+"""On a device, keys of contexts that all begin at multiples of so many rows are read in vectors and ahead of time, others one by
+one: addresses that are no multiples of 16 bytes can't be read otherwise, and a tile that begins before its context would make the
+sums of a row depend on where its context lies."""
+
 ROWS_AT_ONCE = 6
 """Queries whose scores the native kernel holds at once, at most (product.h)."""
 

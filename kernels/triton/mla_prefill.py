@@ -15,15 +15,13 @@ from torch import Tensor
 
 from moesaic.kernels.checks import FLOATS, check_tensor
 from moesaic.kernels.gpu import upload
-from moesaic.kernels.mla_prefill import check_part
+from moesaic.kernels.mla_prefill import CONTEXT_ALIGNMENT, check_part
 from moesaic.kernels.triton.launch import launch, power_of_two
 
 LOG2_E = 1.4426950408889634
 ROWS, TOKENS = 128, 64
 """Tile of scores: queries and context rows."""
 ROWS_FP32, TOKENS_FP32 = 16, 16
-ALIGNMENT = 16
-"""Where all contexts begin at a multiple of so many rows, keys are read in vectors and ahead of time; elsewhere one by one."""
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def _prefill_kernel(
     first_key, num_keys = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
     seen = tl.load(tile + 4).to(tl.int32)
     if ALIGNED:
-        first_key = tl.multiple_of(first_key, 16)
+        first_key = tl.multiple_of(first_key, 16)  # CONTEXT_ALIGNMENT
     row, columns = tl.arange(0, ROWS), tl.arange(0, VALUE_PADDED)
     depth, turned = tl.arange(0, KEY_PADDED), tl.arange(0, ROPE_PADDED)
     real = row < num_rows
@@ -247,7 +245,7 @@ def _launch(
         **sizes,
         PRECISION="ieee" if is_wide else "tf32",
         HAS_LSE=lse is not None,
-        ALIGNED=not bool((spans[:, 2] % ALIGNMENT).any()),
+        ALIGNED=not bool((spans[:, 2] % CONTEXT_ALIGNMENT).any()),
         num_warps=4 if is_wide else 8,
         num_stages=2 if is_wide else 3,
     )

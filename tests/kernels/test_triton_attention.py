@@ -146,6 +146,17 @@ def test_decode_from_an_fp8_pool_equals_its_dequantised_values(device: str, dtyp
 
 
 @on_each_device
+def test_a_bf16_query_of_any_size_meets_an_fp8_pool_exactly(device: str) -> None:
+    """It becomes fp16 over a power of two, which nothing is lost by."""
+    arguments = _decode(device, [70, 5], 3, torch.bfloat16, 6, poison=False)
+    arguments["pool_rows"] = arguments["pool_rows"].float().to(FP8)
+    large = arguments | {"query": arguments["query"] * 2**30, "scale": arguments["scale"] / 2**30}
+    small = arguments | {"query": arguments["query"] / 2**30, "scale": arguments["scale"] * 2**30}
+    expected, *got = (mla_decode.mla_decode(**each, split_tokens=32) for each in (arguments, large, small))
+    assert all(same_bits(each, expected) for each in got)
+
+
+@on_each_device
 def test_deepseeks_own_sizes(device: str) -> None:
     arguments = _decode(device, [130], 70, torch.bfloat16, 1, page_size=64, width=576, value_dim=512)
     got = mla_decode.mla_decode(**arguments, split_tokens=64)
