@@ -134,20 +134,6 @@ class RebalanceManager:
         if forward:
             self._serving.begin_forward(self._clock())
 
-    @property
-    def undecided_layer(self) -> int | None:
-        """The sparse layer that this rank has staged and said so, and of which it has not yet heard what the others said."""
-        return self._layer if self._phase == Phase.MOVE and self._state == State.READY else None
-
-    def roll_forward(self) -> None:
-        """Commit the undecided layer: for survivors of a death in the middle of a word exchange, where another has committed it.
-
-        They compare `location`; where nobody has committed the layer, it stays old. Raises what a commit raises.
-        """
-        assert self.undecided_layer is not None, "no layer is undecided"
-        self._commit()
-        self._say(State.WORKING)
-
     def status(self) -> RebalanceStatus:
         """The manager now. Changes nothing; may be called from another thread."""
         plan, report = self._plan, self._report

@@ -107,6 +107,11 @@ def colour_rounds(messages: list[Move]) -> tuple[tuple[Move, ...], ...]:
 
     With D the most exchanges any GPU has (a pair exchanges both directions at once), at least D rounds are needed, and a maximal
     matching per round takes at most 2 * D - 1; busiest first mostly gives D.
+
+    A pair exchanges one expert per direction and round. All of its experts at once would save next to nothing, since a placement is
+    solved from the one before: 256 experts in 288 slots of 32 GPUs, random loads, take 10.2 rounds a layer from the trivial
+    placement (9.5 that way), and 3.3 (3.3) when the loads change by 30%. Only a solver that starts from nothing (`deepseek`) on few
+    GPUs moves so much that pairs meet again and again: 40 rounds (7) on 8 GPUs, 18 (17) on 32.
     """
     queues: dict[tuple[int, int], tuple[deque[Move], deque[Move]]] = defaultdict(lambda: (deque(), deque()))
     for move in messages:

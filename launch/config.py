@@ -94,7 +94,7 @@ class ServerConfig:
     disaggregation_timeout: int = 120
     disaggregation_checksum: bool = False
     num_reserved_decode_tokens: int = 512
-    disaggregation_host_kv_gb: float = 4.0
+    disaggregation_host_kv_gb: float | None = None
     # Memory and scheduling
     mem_fraction_static: float | None = None
     max_running_requests: int | None = None

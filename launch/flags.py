@@ -218,7 +218,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         flag(
             "--disaggregation-host-kv-gb",
-            "host memory of each decode rank for the KV of retracted requests, in GB; 0: they are computed again",
+            "host memory of a decode rank for the KV of retracted requests, in GB (4, or half of what is left); 0: none",
             gigabytes,
             metavar="GB",
         ),

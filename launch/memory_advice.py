@@ -41,7 +41,7 @@ def _refuse_host(inputs: MemoryInputs, plan: MemoryPlan) -> None:
     less = f"use --disaggregation-host-kv-gb {most:g}, or 0" if most else "use --disaggregation-host-kv-gb 0"
     shared = " beside what the server computes with" if inputs.config.device == "cpu" else ""
     raise ConfigError(
-        f"--disaggregation-host-kv-gb {inputs.host_kv_gb:g}: each rank would keep up to {_gib(plan.host_bytes)} of retracted "
+        f"--disaggregation-host-kv-gb {plan.host_kv_gb:g}: each rank would keep up to {_gib(plan.host_bytes)} of retracted "
         f"requests' KV in host memory, and a rank's share of what is free on this machine{shared} is "
         f"{_gib(plan.host_room_bytes)}; {less}: then their KV is computed again"
     )

@@ -17,6 +17,8 @@ from moesaic.launch.models.config import ModelConfig
 from moesaic.launch.models.tensors import FP8_BLOCK, KINDS, Cut, Kind, TensorSpec, expert_tensors, tensors_without_experts
 from moesaic.launch.topology import Topology
 
+DEFAULT_HOST_KV_GB = 4.0
+"""Host memory of a decode rank for the KV of retracted requests, if no flag says it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE_BYTES = 4
 SKEW = 2
@@ -49,7 +51,7 @@ class MemoryInputs:
     `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype` (kv_b_proj never does; routed
     experts are filled up to whole blocks). `communication`: the buffers that the all-to-all backend keeps. `graph_batch_sizes`:
     tokens per rank of the graphs that are captured. `host_kv_gb`: the most host memory for the KV of retracted requests, in 1e9
-    bytes.
+    bytes; None: the default, or half of what there is.
     """
 
     model: ModelConfig
@@ -60,7 +62,7 @@ class MemoryInputs:
     fp8: frozenset[Kind] = frozenset()
     communication: BufferSizes = no_buffers
     graph_batch_sizes: tuple[int, ...] = ()
-    host_kv_gb: float = 0.0
+    host_kv_gb: float | None = 0.0
 
     @property
     def element_bytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.launch.config import ResolvedConfig
 from moesaic.launch.engine.memory import DeviceMemory, kv_budget_bytes, plan_num_host_pages, plan_num_pages
 from moesaic.launch.memory_parts import (
+    DEFAULT_HOST_KV_GB,
     MemoryInputs,
     MemoryItem,
     activation_item,
@@ -41,7 +42,7 @@ class MemoryPlan:
 
     `weights` and `buffers` are there before the KV pool is made; `momentary` is needed now and then while serving.
     `min_kv_tokens`: what the pool must hold, one sequence of the context length, or what --max-total-tokens asks for. `host`: what
-    is kept in host memory, of which a rank may have `host_room_bytes` (None: not known).
+    is kept in host memory, of which a rank may have `host_room_bytes` (None: not known), and `host_kv_gb` the limit of it.
     """
 
     memory: DeviceMemory | None
@@ -54,6 +55,7 @@ class MemoryPlan:
     kv_tokens: int | None
     host: tuple[MemoryItem, ...]
     host_room_bytes: int | None
+    host_kv_gb: float = 0.0
 
     @property
     def fixed_bytes(self) -> int:
@@ -122,8 +124,9 @@ def plan_memory(inputs: MemoryInputs, memory: DeviceMemory | None, host_free: in
         host=(),
         host_room_bytes=host_free,
     )
-    shared = config.device == "cpu" and memory is not None
-    return replace(plan, host=tuple(_host(inputs, plan)), host_room_bytes=plan.headroom_bytes if shared else host_free)
+    room = plan.headroom_bytes if config.device == "cpu" and memory is not None else host_free
+    plan = replace(plan, host_room_bytes=room, host_kv_gb=_host_kv_gb(inputs, room))
+    return replace(plan, host=tuple(_host(inputs, plan)))
 
 
 def _kv_tokens(inputs: MemoryInputs, per_token: int, memory: DeviceMemory | None, budget: int) -> int | None:
@@ -171,18 +174,25 @@ def _momentary(inputs: MemoryInputs) -> Iterator[MemoryItem]:
     yield activation_item(inputs)
 
 
+def _host_kv_gb(inputs: MemoryInputs, room: int | None) -> float:
+    """What was asked for; else the default, or half of what there is: a server that nobody told to keep KV is not to fail of it."""
+    if inputs.host_kv_gb is not None:
+        return inputs.host_kv_gb
+    return DEFAULT_HOST_KV_GB if room is None else min(DEFAULT_HOST_KV_GB, max(0, room) // 2 / 1e9)
+
+
 def _host(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[MemoryItem]:
     """As many pages as a rank makes, which are no more than its pool has."""
     config = inputs.config
-    num_bytes = int(inputs.host_kv_gb * 1e9)
+    num_bytes = int(plan.host_kv_gb * 1e9)
     if plan.kv_tokens is not None:
         page_bytes = config.page_size * plan.kv_bytes_per_token
         num_pages = plan.kv_tokens // config.page_size
-        num_bytes = plan_num_host_pages(config, inputs.host_kv_gb, plan.kv_bytes_per_token, num_pages) * page_bytes
+        num_bytes = plan_num_host_pages(config, plan.host_kv_gb, plan.kv_bytes_per_token, num_pages) * page_bytes
     if num_bytes:
         tokens = num_bytes // plan.kv_bytes_per_token
         where = "of what is left over" if config.device == "cpu" else "not on the GPU"
-        basis = f"{tokens:,} tokens, {where}: --disaggregation-host-kv-gb {inputs.host_kv_gb:g}, but no more than the pool holds"
+        basis = f"{tokens:,} tokens, {where}: --disaggregation-host-kv-gb {plan.host_kv_gb:.3g}, but no more than the pool holds"
         yield MemoryItem(name="host memory: KV of retracted requests", num_bytes=num_bytes, basis=basis)
 
 

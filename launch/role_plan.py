@@ -20,6 +20,7 @@ from moesaic.launch.disaggregation.roles import role_conflicts
 from moesaic.launch.endpoints import split_address
 from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
+from moesaic.launch.memory_parts import DEFAULT_HOST_KV_GB
 from moesaic.launch.report import Choice
 
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -84,15 +85,18 @@ def _backend_choice(asked: Literal["auto", "tcp", "nixl", "mooncake"], device: D
     raise ConfigError("KV on GPUs needs nixl or mooncake to travel: " + "; ".join(f"{name}: {why}" for name, why in missing))
 
 
-def _retraction_choice(host_kv_gb: float) -> Choice:
+def _retraction_choice(host_kv_gb: float | None) -> Choice:
     capability, kept = "KV of retracted requests", "kept in host memory"
-    if not host_kv_gb:
+    if host_kv_gb == 0:
         return Choice(capability=capability, chosen="computed again", refused=((kept, "--disaggregation-host-kv-gb 0"),))
-    return Choice(capability=capability, chosen=f"{kept}, up to {host_kv_gb:g} GB per rank, where that is cheaper")
+    most = f"{DEFAULT_HOST_KV_GB if host_kv_gb is None else host_kv_gb:g} GB per rank"
+    if host_kv_gb is None:
+        most += ", or half of what this machine has left"
+    return Choice(capability=capability, chosen=f"{kept}, up to {most}, where that is cheaper")
 
 
-def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None:
-    """What the ranks are told; None without a role."""
+def plan_role(config: ServerConfig, resolved: ResolvedConfig, host_kv_gb: float) -> RoleSpec | None:
+    """What the ranks are told; None without a role. `host_kv_gb`: as the memory plan has settled it."""
     if config.disaggregation_mode == "null":
         return None
     assert resolved.transfer_backend != "none"
@@ -106,14 +110,14 @@ def plan_role(config: ServerConfig, resolved: ResolvedConfig) -> RoleSpec | None
         bootstrap_address=bootstrap_address(config) if config.disaggregation_mode == "prefill" else "",
         ib_device=config.disaggregation_ib_device or "",
         num_reserved_decode_tokens=config.num_reserved_decode_tokens if config.disaggregation_mode == "decode" else 0,
-        host_kv_gb=host_kv_gb(config),
+        host_kv_gb=host_kv_gb,
         timeout_s=float(config.disaggregation_timeout),
         checksum=config.disaggregation_checksum,
     )
 
 
-def host_kv_gb(config: ServerConfig) -> float:
-    """Host memory of a rank for the KV of retracted requests, in GB (1e9 bytes): only decode instances keep any."""
+def asked_host_kv_gb(config: ServerConfig) -> float | None:
+    """Host memory of a rank for the KV of retracted requests, in 1e9 bytes; None: as there is. Only decode instances keep any."""
     return config.disaggregation_host_kv_gb if config.disaggregation_mode == "decode" else 0.0
 
 

@@ -30,7 +30,7 @@ from moesaic.launch.models.config import ModelConfig, ModelConfigError, load_mod
 from moesaic.launch.models.tensors import FP8_KINDS
 from moesaic.launch.overlap_plan import OverlapPlan, plan_overlap
 from moesaic.launch.resolution import Resolution, resolve
-from moesaic.launch.role_plan import host_kv_gb, plan_role
+from moesaic.launch.role_plan import asked_host_kv_gb, plan_role
 from moesaic.launch.topology import ModelShape
 from moesaic.launch.version import version
 
@@ -80,7 +80,7 @@ def make_plan(config: ServerConfig) -> Plan:
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
     overlap = plan_overlap(config, resolution.config, model, resolution.topology)
-    memory = _fitting_memory(model, resolution, experts, host_kv_gb(config))
+    memory = _fitting_memory(model, resolution, experts, asked_host_kv_gb(config))
     choices = (*resolution.choices, experts.choice(), *overlap.choices, memory_choice(memory))
     resolution = replace(resolution, choices=choices)
     generation = _generation_config(Path(config.model_path))
@@ -92,13 +92,13 @@ def make_plan(config: ServerConfig) -> Plan:
         experts=experts,
         overlap=overlap,
         memory=memory,
-        role=plan_role(config, resolution.config),
+        role=plan_role(config, resolution.config, memory.host_kv_gb),
         eos_token_ids=tuple(sorted({*model.eos_token_ids, *_token_ids(generation.get("eos_token_id"))})),
         default_sampling={key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None},
     )
 
 
-def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan, host_gb: float) -> MemoryPlan:
+def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan, host_gb: float | None) -> MemoryPlan:
     """Raises ConfigError for what can't fit."""
     location = experts.slots.location
     num_slots = model.n_routed_experts if location is None else location.num_slots

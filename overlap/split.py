@@ -21,8 +21,6 @@ from dataclasses import Field, fields, is_dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -81,15 +79,6 @@ def split_batch(batch: BatchT, cut: int, **given: tuple[Any, Any]) -> tuple[Batc
     halves = {field.name: _halves(batch, field, cut) for field in fields(batch) if field.name not in given} | given
     first, second = ({name: values[side] for name, values in halves.items()} for side in (0, 1))
     return type(batch)(**first), type(batch)(**second)
-
-
-def join_row_ids(first: Tensor, second: Tensor, row_ids: Tensor, cut: int) -> Tensor:
-    """Undo the split of "row_ids": results [N0, ...] and [N1, ...] of the halves -> [N, ...] in the order of row_ids [N]."""
-    joined = first.new_empty(len(row_ids), *first.shape[1:])
-    in_first = row_ids < cut
-    joined[in_first] = first
-    joined[~in_first] = second
-    return joined
 
 
 def _axis(cls: type[Any], field: Field[Any]) -> str | Derive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.launch.engine.plan import Plan
 from moesaic.launch.engine.sequence import Int64Array, SequenceTable
+from moesaic.launch.engine.step import Step
+from moesaic.launch.models.forward import ForwardInput
 
 CPU = torch.device("cpu")
 
@@ -26,6 +29,28 @@ class Batch:
     metadata: AttentionMetadata
     logit_rows: Tensor
     num_sampled: int
+
+
+class Rows(Protocol):
+    """What a forward reads of a batch; see Batch."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def metadata(self) -> AttentionMetadata: ...
+    @property
+    def logit_rows(self) -> Tensor: ...
+
+
+def forward_input(rows: Rows, step: Step) -> ForwardInput:
+    """A rank's own rows in the step that all ranks have agreed on."""
+    return ForwardInput(
+        input_ids=rows.input_ids,
+        metadata=rows.metadata,
+        plan=step.plan,
+        logit_rows=rows.logit_rows,
+        num_logits_per_dp_rank=step.num_logits,
+    )
 
 
 def build_batch(plan: Plan, table: SequenceTable, page_size: int, *, one_bucket: bool = False) -> Batch:

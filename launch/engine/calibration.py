@@ -15,6 +15,7 @@ from datetime import date
 import torch
 import torch.distributed as dist
 
+from moesaic.launch.engine.batch import forward_input
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.rank_spec import SPLIT_MODES, ThresholdSource
 from moesaic.launch.engine.scheduler import SchedulerConfig
@@ -125,13 +126,7 @@ class TimedStep:
         self._runner = runner
         self._cut = cut
         self._step = _resolve(batch, cut, rules, runner.parallel.world_size)
-        self._inputs = ForwardInput(
-            input_ids=batch.input_ids,
-            metadata=batch.metadata,
-            plan=self._step.plan,
-            logit_rows=batch.logit_rows,
-            num_logits_per_dp_rank=self._step.num_logits,
-        )
+        self._inputs = forward_input(batch, self._step)
 
     def seconds(self, *, split: bool) -> float:
         """Cutting the batch is part of a split step. All ranks begin together. Collective."""

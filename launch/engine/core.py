@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesaic.eplb.forward_mode import ForwardMode
 from moesaic.launch.engine.activity import Activity
-from moesaic.launch.engine.batch import build_batch
+from moesaic.launch.engine.batch import build_batch, forward_input
 from moesaic.launch.engine.controls import Controls
 from moesaic.launch.engine.logprob_rows import wanted_of_prompts, wanted_of_sampled
 from moesaic.launch.engine.messages import (
@@ -237,13 +237,7 @@ class RankEngine:
         table = self.scheduler.table
         one_bucket = step.graph is not None or self._device.type == "cuda"  # whose kernel reads no padding
         batch = build_batch(plan, table, self.runner.config.page_size, one_bucket=one_bucket)
-        inputs = ForwardInput(
-            input_ids=batch.input_ids,
-            metadata=batch.metadata,
-            plan=step.plan,
-            logit_rows=batch.logit_rows,
-            num_logits_per_dp_rank=step.num_logits,
-        )
+        inputs = forward_input(batch, step)
         prompt_logprobs = wanted_of_prompts(plan)
         launch = self.scheduler.launch(plan)
         known_slots, known_tokens = self.scheduler.take_known_tokens()

@@ -110,7 +110,8 @@ class RankStartup:
         budget = kv_budget_bytes(config, self._memory(parallel))
         num_pages = self._agree(plan_num_pages(config, runner.kv_bytes_per_token, budget), parallel)
         host_kv_gb = 0.0 if spec.role is None else spec.role.host_kv_gb
-        runner.allocate_kv(num_pages, plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages))
+        num_host_pages = plan_num_host_pages(config, host_kv_gb, runner.kv_bytes_per_token, num_pages)
+        runner.allocate_kv(num_pages, self._agree(num_host_pages, parallel))
         sizes = self._scheduler_sizes(num_pages)
         rules, profile = self._calibrated(self._step_rules(), runner, sizes, phases)
         costs = self._retraction_costs(rules, runner, sizes, phases)
@@ -215,7 +216,7 @@ class RankStartup:
         return measure_memory(self._device(), sharers(self._spec.config, self._spec.topology))
 
     def _agree(self, num_pages: int, parallel: ParallelContext) -> int:
-        """The smallest pool of all ranks, so that the ranks of a DP group schedule alike."""
+        """The smallest pool of all ranks, so that the ranks of a DP group schedule alike. Nodes may differ in what they have."""
         if parallel.world_size == 1:
             return num_pages
         smallest = torch.tensor([num_pages])

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from moesaic.attention.host_pool import HostKVPool
+from moesaic.launch.engine.batch import forward_input
 from moesaic.launch.engine.model_runner import ModelRunner
 from moesaic.launch.engine.retraction import RetractionCosts
 from moesaic.launch.engine.scheduler import SchedulerConfig
 from moesaic.launch.engine.step import SplitThresholds, StepHeader, StepRules, resolve_step
 from moesaic.launch.engine.synthetic_batch import PoolShape, SyntheticBatch, decode_batch, prefill_batch
-from moesaic.launch.models.forward import ForwardInput
 
 REPEATS = 2
 MOST_PAGES = 64
@@ -52,13 +52,8 @@ def _step_seconds(runner: ModelRunner, batch: SyntheticBatch, rules: StepRules) 
     """A step in which every DP rank has a batch like this one; all begin together. Collective."""
     header = StepHeader(num_decode=batch.num_decode, num_extend=sum(batch.chunk_lengths), num_logits=len(batch.logit_rows))
     step = resolve_step([header] * runner.parallel.world_size, replace(rules, split_from=SplitThresholds()))
-    inputs = ForwardInput(
-        input_ids=batch.input_ids,
-        metadata=replace(batch.metadata),  # new, as in every real step: it keeps what the first layer derives from it
-        plan=step.plan,
-        logit_rows=batch.logit_rows,
-        num_logits_per_dp_rank=step.num_logits,
-    )
+    # The metadata is new, as in every real step: it keeps what the first layer derives from it.
+    inputs = forward_input(replace(batch, metadata=replace(batch.metadata)), step)
     if runner.parallel.world_group is not None:
         dist.all_reduce(torch.zeros(1), group=runner.parallel.world_group)
     begun = time.perf_counter()

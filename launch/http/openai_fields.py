@@ -15,26 +15,9 @@ from moesaic.launch.http.errors import bad_request
 from moesaic.launch.http.job import Priority
 from moesaic.launch.http.rooms import RoomFields
 from moesaic.launch.http.run import Generated
-from moesaic.launch.http.sampling import Plan, make_plan
+from moesaic.launch.http.sampling import SHARED, Plan, make_plan
 from moesaic.launch.http.services import Services
 
-# Names that are the same in the body and in the native sampling parameters.
-_SAME = [
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "seed",
-    "n",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "no_stop_trim",
-]
 _CONSTRAINED = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -106,7 +89,7 @@ def refuse_tools(value: Sequence[object] | None, param: str) -> None:
 
 def openai_plan(services: Services, body: OpenAiBody, max_tokens: int | None, max_tokens_name: str) -> Plan:
     """The body's sampling fields, checked. Without `max_tokens` the answer may fill the context."""
-    values: dict[str, object] = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
+    values: dict[str, object] = {name: getattr(body, name) for name in SHARED if getattr(body, name) is not None}
     values |= {"max_new_tokens": max_tokens, "min_new_tokens": body.min_tokens}
     names = {"max_new_tokens": max_tokens_name, "min_new_tokens": "min_tokens"}
     plan = make_plan(values, services.limits, defaults=services.config.default_sampling, names=names)

@@ -25,28 +25,12 @@ MAX_STOP_BYTES = 64 << 10
 CONSTRAINED = frozenset({"json_schema", "regex", "ebnf", "structural_tag", "stop_regex"})
 # Known to SGLang, without a meaning here unless they ask for something.
 UNSUPPORTED = frozenset({"custom_params", "logit_bias", "stream_interval"})
-SUPPORTED = frozenset(
-    [
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "repetition_penalty",
-        "seed",
-        "sampling_seed",
-        "n",
-        "max_new_tokens",
-        "min_new_tokens",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "no_stop_trim",
-    ]
+# Under the same name in OpenAI's bodies.
+SHARED = (
+    *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "seed", "n"),
+    *("stop", "stop_token_ids", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
 )
+SUPPORTED = frozenset({*SHARED, "sampling_seed", "max_new_tokens", "min_new_tokens", "spaces_between_special_tokens"})
 
 
 @dataclass(frozen=True, kw_only=True)

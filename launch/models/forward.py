@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moesaic.attention.metadata import AttentionMetadata
 from moesaic.moe.dispatcher import DispatchPlan
-from moesaic.overlap.split import join_row_ids, split_batch, splittable
+from moesaic.overlap.split import split_batch, splittable
 
 
 def _split_valid(valid: Tensor | None, cut: int) -> tuple[Tensor | None, Tensor | None]:
@@ -40,10 +40,6 @@ class ForwardInput:
         lies outside the rows.
         """
         return split_batch(self, cut, plan=plans, num_logits_per_dp_rank=num_logits)
-
-    def join_logits(self, cut: int, first: Tensor, second: Tensor) -> Tensor:
-        """Logits [N0, V] and [N1, V] of the two micro-batches -> [N, V] in the order of logit_rows."""
-        return join_row_ids(first, second, self.logit_rows, cut)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,7 @@ def test_a_killed_rank_ends_every_request_and_the_server_names_it(model: TinyMod
         wait_for(lambda: not any(map(is_alive, pids)), 5)
 
 
-def test_two_nodes_on_loopback_give_the_same_tokens(model: TinyModel, tmp_path: Path) -> None:
+def test_two_nodes_serve_as_one_and_end_together(model: TinyModel, tmp_path: Path) -> None:
     flags = ("--tp", "2", "--dp", "2", "--enable-dp-attention", "--moe-a2a-backend", "torch", "--max-total-tokens", "2048")
     shared = (*flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port(following=4)}")
     second = LiveServer(model.folder, tmp_path / "node1", *shared, "--node-rank", "1", ready="")
@@ -172,8 +172,11 @@ def test_two_nodes_on_loopback_give_the_same_tokens(model: TinyModel, tmp_path: 
             prompts = _prompts(4)
             answers = [_generate(client, prompt, 5, data_parallel_rank=i % 2) for i, prompt in enumerate(prompts)]
             assert [answer["output_ids"] for answer in answers] == [model.greedy(prompt, 5) for prompt in prompts]
-            assert httpx.get(f"{second.url}/health").status_code == 200
-        assert second.process.wait(15) == 0, second.output[-2000:]
+            assert [answer["meta_info"]["dp_rank"] for answer in answers] == [0, 1, 0, 1]
+            health = httpx.get(f"{second.url}/health")
+            assert (health.status_code, health.json()) == (200, {"node_rank": 1, "ranks": {"1": "running"}, "problem": None})
+            assert first.stop() == 0
+        assert second.process.wait(10) == 0, second.output[-2000:]
     finally:
         second.stop()
 

@@ -11,18 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eplb_jobs import (
-    CONFIG,
-    Action,
-    Cluster,
-    ManagerCase,
-    Rank,
-    Seam,
-    ladder,
-    manager_job,
-    num_ended,
-    run_managers_and_die,
-)
+from eplb_cluster import CONFIG, Cluster, Rank, num_ended
+from eplb_jobs import ManagerCase, manager_job, run_managers_and_die
+from eplb_network import Action, Seam
+from eplb_weights import ladder
 from rank_pool import RankPool
 
 from moesaic.eplb.config import RebalanceConfig
@@ -218,8 +210,8 @@ def recover(ranks: list[Rank]) -> None:
     """What survivors do when a rank died while they stepped: who lacks a layer that another has committed completes it."""
     committed = [layer for layer in range(OLD.num_layers) if len({str(placement(rank)[layer]) for rank in ranks}) > 1]
     for rank in ranks:
-        if rank.manager.undecided_layer in committed:
-            rank.manager.roll_forward()
+        if rank.undecided_layer in committed:
+            rank.roll_forward()
 
 
 @pytest.mark.parametrize("action", ["fail", "kill", "corrupt", "lose"])

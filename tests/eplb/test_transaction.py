@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from eplb_jobs import MemoryNetwork, Seam, SeamMover, make_weights, random_location, slots_that_lie
+from eplb_cluster import SeamMover
+from eplb_network import MemoryNetwork, Seam
+from eplb_weights import make_weights, random_location, slots_that_lie
 from hypothesis import given
 from hypothesis import strategies as st
 

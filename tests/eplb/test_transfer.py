@@ -7,7 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from eplb_jobs import GlooCase, MemoryNetwork, Seam, gloo_locations, gloo_moves, make_weights, move_job, poll_job, random_location
+from eplb_jobs import GlooCase, gloo_locations, gloo_moves, move_job, poll_job
+from eplb_network import MemoryNetwork, Seam
+from eplb_weights import make_weights, random_location
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_pool import RankPool

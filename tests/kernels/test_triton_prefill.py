@@ -60,7 +60,7 @@ def _close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 @on_each_device
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     chunks=st.lists(st.tuples(st.sampled_from([0, 1, 16, 20, 130]), st.sampled_from([0, 1, 16, 64, 100])), max_size=3),
     heads=st.sampled_from([1, 3]),

@@ -396,6 +396,9 @@ def test_on_a_cpu_host_memory_is_what_the_plan_leaves_over() -> None:
     less = plan_memory(replace(inputs, host_kv_gb=0.5), memory)
     refuse_memory(inputs, less)
     assert less.host_room_bytes == less.headroom_bytes
+    unasked = plan_memory(replace(inputs, host_kv_gb=None), memory)
+    refuse_memory(inputs, unasked)
+    assert 0.45 * unasked.headroom_bytes < unasked.host_bytes <= 0.5 * unasked.headroom_bytes, "half of what is left"
 
 
 def test_where_memory_is_not_known_nothing_is_refused_and_the_table_says_so() -> None:

@@ -376,9 +376,11 @@ def test_a_role_decides_the_dispatch_mode(role: str, mode: str, flags: dict[str,
 
 def test_a_decode_instance_says_what_becomes_of_retracted_kv() -> None:
     kept = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=1.5), "KV of retracted requests")
+    unasked = row(settle(disaggregation_mode="decode"), "KV of retracted requests")
     again = row(settle(disaggregation_mode="decode", disaggregation_host_kv_gb=0.0), "KV of retracted requests")
 
-    assert "host memory, up to 1.5 GB per rank" in kept["chosen"]
+    assert "host memory, up to 1.5 GB per rank, where" in kept["chosen"]
+    assert "host memory, up to 4 GB per rank, or half of what this machine has left, where" in unasked["chosen"]
     assert again["chosen"] == "computed again"
 
 

@@ -168,19 +168,6 @@ def test_when_a_rank_dies_clients_hear_of_it_and_the_server_ends_naming_it(
     assert not Path(f"/proc/{ranks[0]}").exists()
 
 
-def test_two_nodes_serve_as_one_and_end_together(start: StartServer, wait_until: Callable[..., None]) -> None:
-    first, second = start_two_nodes(start)
-    wait_until(lambda: "Ctrl-C stops it" in first.output, 30)
-
-    answer = first.request("/generate", {"input_ids": [1], "data_parallel_rank": 1})
-    health = second.request("/health")
-    first.process.send_signal(signal.SIGINT)
-
-    assert answer["output_ids"] == [3] and answer["meta_info"]["dp_rank"] == 1
-    assert health == {"node_rank": 1, "ranks": {"1": "running"}, "problem": None}
-    assert [server.process.wait(10) for server in (first, second)] == [0, 0]
-
-
 def test_a_rank_that_dies_on_one_node_ends_both_and_both_name_it(start: StartServer, wait_until: Callable[..., None]) -> None:
     first, second = start_two_nodes(start)
     wait_until(lambda: "Ctrl-C stops it" in first.output, 30)

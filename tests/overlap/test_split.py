@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from joined_halves import join_row_ids
 from torch import Tensor
 
-from moesaic.overlap.split import join_row_ids, split_batch, split_row, splittable
+from moesaic.overlap.split import split_batch, split_row, splittable
 
 CHUNKS = st.lists(st.integers(1, 300), max_size=8)
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from engine_jobs import EngineSettings, make_engine
+from joined_halves import join_row_ids
 from torch import Tensor
 
-from moesaic.launch.engine.batch import Batch, build_batch
+from moesaic.launch.engine.batch import Batch, build_batch, forward_input
 from moesaic.launch.engine.core import RankEngine
 from moesaic.launch.engine.messages import GenerateRequest
 from moesaic.launch.engine.overlap_vote import propose_split
@@ -63,13 +64,7 @@ def _step(engine: RankEngine, dp_rank: int, last_tokens: Tensor, seen: list[Spli
         return not step.quiet
     batch = build_batch(plan, engine.scheduler.table, engine.runner.config.page_size)
     batch.input_ids[: plan.num_decode] = last_tokens[torch.from_numpy(plan.decode_slots)]
-    inputs = ForwardInput(
-        input_ids=batch.input_ids,
-        metadata=batch.metadata,
-        plan=step.plan,
-        logit_rows=batch.logit_rows,
-        num_logits_per_dp_rank=step.num_logits,
-    )
+    inputs = forward_input(batch, step)
     halves = _run_halves(engine, inputs, step, dp_rank)
     logits = engine.runner.forward(inputs)
     if halves is not None:
@@ -98,7 +93,7 @@ def _run_halves(engine: RankEngine, inputs: ForwardInput, step: Step, dp_rank: i
         return None
     cut = step.split.num_tokens[0][dp_rank]
     first, second = inputs.split(cut, step.split.plans, step.split.num_logits)
-    return inputs.join_logits(cut, engine.runner.forward(first), engine.runner.forward(second))
+    return join_row_ids(engine.runner.forward(first), engine.runner.forward(second), inputs.logit_rows, cut)
 
 
 def _describe(step: Step, batch: Batch, dp_rank: int, error: float) -> SplitStepSeen:

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from live_server import free_port
-from pd_ranks import DecodeSide, make_layout, next_room, running_pair, start_decode_rank, wait_for, wait_for_state
+from own_connections import break_connections, own_connections
+from pd_ranks import DecodeSide, make_layout, make_pools, next_room, running_pair, start_decode_rank, wait_for, wait_for_state
 
 from moesaic.launch.disaggregation.backends import missing_reason
+from moesaic.launch.disaggregation.bootstrap_client import fetch_topology
 from moesaic.launch.disaggregation.protocol import TransferState
 from moesaic.launch.disaggregation.receiver_room import ReceiverRoom
 
@@ -96,6 +98,30 @@ def fetch(decode: DecodeSide, prefill: Instance, port: int, *, finish: bool = Tr
     return receiver
 
 
+@contextlib.contextmanager
+def reading_from_a_frozen(
+    prefill: Instance, decode: DecodeSide, pages: Sequence[int], then: Callable[[], object] = lambda: None
+) -> Iterator[ReceiverRoom]:
+    """All pages of a room are announced, prefill's process is frozen until the end; `then` decode begins to read them."""
+    receiver = decode.receiver(next_room())
+    receiver.receive(pages)
+    prefill.tell(f"room {receiver.room}")
+    wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("WAITING"))  # it has heard that the pages are ready
+    go_on = threading.Event()
+    decode.transfer.thread.post(go_on.wait)
+    prefill.tell(f"send {receiver.room} {' '.join(map(str, pages))}")
+    prefill.tell(f"finish {receiver.room}")
+    wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("TRANSFERRING"))  # it has said what is in them
+    prefill.process.send_signal(signal.SIGSTOP)
+    try:
+        then()
+        go_on.set()
+        wait_for(lambda: receiver.num_reads == 1)
+        yield receiver
+    finally:
+        prefill.process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_prefill_fails_its_rooms_at_once_others_go_on_and_its_return_is_noticed(backend: str) -> None:
     port, other_port = free_port(), free_port()
@@ -129,6 +155,35 @@ def test_a_killed_prefill_fails_its_rooms_at_once_others_go_on_and_its_return_is
         assert decode.transfer.book.num_open() == 0
 
 
+@pytest.mark.skipif(missing_reason("nixl") is not None, reason=str(missing_reason("nixl")))
+def test_nixls_connection_is_made_anew_when_it_alone_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two transfers, and again and again: then that one fails, naming the peer, and the next one is well.
+
+    Not while a page is on its way: UCX emulates reads over TCP, and its answering side ends its process ("Fatal: unexpected error:
+    Endpoint timeout") when it has nobody to answer to. Over RDMA nobody answers.
+    """
+    monkeypatch.setenv("UCX_TLS", "tcp")  # memory that two processes share can't be cut off
+    port, others = free_port(), set(own_connections())
+    with instances(("prefill", port, "nixl", "p0")) as (prefill,), decode_rank(port, "nixl") as decode:
+        wait_for_state([fetch(decode, prefill, port)], SUCCESS)
+        control = {place.rank_port for group in fetch_topology(f"127.0.0.1:{port}").addresses for place in group}
+
+        def cut() -> int:
+            return break_connections(but=others, but_ports=control)
+
+        for pool in decode.pools:
+            pool[:] = 0
+        assert cut() > 0
+        wait_for_state([fetch(decode, prefill, port)], SUCCESS)
+        assert all((ours[1:5] == theirs[1:5]).all() for ours, theirs in zip(decode.pools, make_pools(0), strict=True))
+
+        with reading_from_a_frozen(prefill, decode, [1, 2], then=cut) as hopeless:
+            wait_for(lambda: cut() < 0 or hopeless.state is FAILED, 3.0)
+        assert "prefill instance p0 rank 0: nixl could not read from p0/0/" in str(hopeless.failure)
+        assert "(3 of 3 attempts, each over a new connection)" in str(hopeless.failure)
+        wait_for_state([fetch(decode, prefill, port)], SUCCESS)
+
+
 def test_a_frozen_prefill_is_noticed_within_5_s() -> None:
     port = free_port()
     with instances(("prefill", port, "tcp", "p0")) as (prefill,), decode_rank(port, "tcp") as decode:
@@ -152,23 +207,11 @@ def test_a_frozen_prefill_that_wakes_up_writes_to_no_page_of_others(backend: str
         instances(("prefill", port, backend, "p0"), ("prefill", other_port, backend, "p1")) as (prefill, other),
         decode_rank(port, backend) as decode,
     ):
-        receiver = decode.receiver(next_room())
-        receiver.receive(pages)
-        prefill.tell(f"room {receiver.room}")
-        wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("WAITING"))  # it has heard that the pages are ready
-        go_on = threading.Event()
-        decode.transfer.thread.post(go_on.wait)
-        prefill.tell(f"send {receiver.room} {' '.join(map(str, pages))}")
-        wait_for(lambda: prefill.tell(f"state {receiver.room}").startswith("TRANSFERRING"))  # it has said what is in them
-        prefill.process.send_signal(signal.SIGSTOP)
-        go_on.set()
-        wait_for(lambda: receiver.num_reads == 1)
-        wait_for(lambda: receiver.quiet)
-        assert "no sign of life from prefill instance p0 rank 0" in str(receiver.failure)
-
-        for pool in decode.pools:
-            pool[pages] = 7
-        prefill.process.send_signal(signal.SIGCONT)
+        with reading_from_a_frozen(prefill, decode, pages) as receiver:
+            wait_for(lambda: receiver.quiet)
+            assert "no sign of life from prefill instance p0 rank 0" in str(receiver.failure)
+            for pool in decode.pools:
+                pool[pages] = 7
         for _ in range(10):
             wait_for_state([fetch(decode, other, other_port)], SUCCESS)
             time.sleep(0.1)
