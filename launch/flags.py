@@ -38,6 +38,11 @@ def chunk_size(text: str) -> int:
     return _checked(text, int, lambda value: value == -1 or value >= 1, "a number of tokens, or -1 for no chunking")
 
 
+def count_or_any(text: str) -> int:
+    """A number of 1 or more, or -1 for no limit."""
+    return _checked(text, int, lambda value: value == -1 or value >= 1, "an integer of 1 or more, or -1 for no limit")
+
+
 def fraction(text: str) -> float:
     """A number in (0, 1]."""
     return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
@@ -101,8 +106,8 @@ def _choice(name: str, help: str, *choices: str) -> Flag:
     return Flag(names=(name,), help=help, choices=choices)
 
 
-def _switch(name: str, help: str) -> Flag:
-    return Flag(names=(name,), help=help, kind=None)
+def _switch(name: str, help: str, *aliases: str) -> Flag:
+    return Flag(names=(name, *aliases), help=help, kind=None)
 
 
 FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
@@ -133,6 +138,21 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--api-key", "demand `Authorization: Bearer KEY`", metavar="KEY"),
         _switch("--enable-metrics", "serve Prometheus metrics at /metrics"),
         _choice("--log-level", "how much to log", "debug", "info", "warning", "error"),
+        _choice(
+            "--log-level-http",
+            "how much uvicorn logs; info: every HTTP request (debug with --log-level debug, else warning)",
+            "debug",
+            "info",
+            "warning",
+            "error",
+        ),
+        _switch("--log-requests", "log every request when it arrives and when it ends"),
+        Flag(
+            names=("--log-requests-level",),
+            help="0: names, sizes and times; 1: sampling parameters too; 2: the beginning of prompt and answer too; 3: all of them",
+            kind=rank_number,
+            choices=("0", "1", "2", "3"),
+        ),
         _switch("--skip-server-warmup", "don't run one token before the server says it is ready"),
         _flag("--max-queued-requests", "requests waiting beyond this get 429 (16384)", positive_int),
     ),
@@ -155,7 +175,13 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--moe-dense-tp-size", "ranks that share a dense layer: 1, or attention TP (default)", positive_int),
         _flag("--nnodes", "machines that form the server", positive_int),
         _flag("--node-rank", "which of them this is; 0 serves HTTP", rank_number),
-        _flag("--dist-init-addr", "where the nodes meet, on node 0; the same on all", address, metavar="HOST:PORT"),
+        _flag(
+            "--dist-init-addr",
+            "where the nodes meet, on node 0; the same on all",
+            address,
+            metavar="HOST:PORT",
+            aliases=("--nccl-init-addr",),
+        ),
         _flag(
             "--dist-timeout",
             "deadline of the nodes' meeting and of collectives, in seconds",
@@ -238,7 +264,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             "per_pass",
             "per_token",
         ),
-        _flag("--expert-distribution-recorder-buffer-size", "most windows that a recording keeps", positive_int),
+        _flag("--expert-distribution-recorder-buffer-size", "most windows that a recording keeps; -1: any number", count_or_any),
         _choice("--expert-balancedness-report-mode", "log balancedness without moving experts", "off", "server_log"),
     ),
     "overlap of computation and communication": (
@@ -284,7 +310,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             positive_int,
             metavar="SECONDS",
         ),
-        _switch("--disaggregation-checksum", "decode checks every page that it has fetched"),
+        _switch("--disaggregation-checksum", "decode checks every page that it has fetched", "--disaggregation-enable-kv-checksum"),
         _flag(
             "--num-reserved-decode-tokens",
             "most KV tokens that decode keeps free for a running request's growth; fewer where answers are shorter",
@@ -316,15 +342,20 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _switch("--disable-radix-cache", "no prefix cache"),
         _choice("--radix-eviction-policy", "what leaves the prefix cache first", "lru"),
         _switch("--disable-overlap-schedule", "schedule a step only when the step before has been handled"),
-        _switch("--disable-cuda-graph", "decode steps run operation by operation"),
+        _switch("--disable-cuda-graph", "decode steps run operation by operation", "--disable-decode-cuda-graph"),
         Flag(
-            names=("--cuda-graph-bs",),
+            names=("--cuda-graph-bs", "--cuda-graph-bs-decode"),
             help="requests per DP rank that CUDA graphs are captured for (1, 2, 4, 8, 16, ...)",
             kind=positive_int,
             metavar="N",
             several=True,
         ),
-        _flag("--cuda-graph-max-bs", "the most requests per DP rank that they are captured for (all that may run)", positive_int),
+        _flag(
+            "--cuda-graph-max-bs",
+            "the most requests per DP rank that they are captured for (all that may run)",
+            positive_int,
+            aliases=("--cuda-graph-max-bs-decode",),
+        ),
     ),
     "device and process": (
         _choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
@@ -342,6 +373,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
             positive_int,
             metavar="SECONDS",
         ),
+        _flag("--decode-log-interval", "steps of a DP rank between two lines that say what it does", positive_int),
         _switch("--strict", "refuse to start when any capability would be downgraded automatically"),
     ),
 }
@@ -363,10 +395,25 @@ def _later(capability: str, **flags: tuple[str, ...] | None) -> tuple[LaterFlag,
     return tuple(LaterFlag(name="--" + name.replace("_", "-"), capability=capability, off=off) for name, off in flags.items())
 
 
-# SGLang's defaults count as off, so that a script that spells them out keeps working.
+# SGLang's defaults count as off, so that a script that spells them out keeps working. The first ones are listed in --help.
 LATER_FLAGS: tuple[LaterFlag, ...] = (
     *_later("pipeline parallelism", pp_size=("1",), pipeline_parallel_size=("1",)),
     *_later("hierarchical cache", enable_hierarchical_cache=None),
     *_later("speculative decoding", speculative_algorithm=(), speculative_num_steps=("0",)),
     *_later("deterministic logits", deterministic=None),
+    *_later("context parallelism", attn_cp_size=("1",), dcp_size=("1",), moe_dp_size=("1",), dwdp_size=("1",)),
+    *_later("another tokenizer", tokenizer_mode=("auto",), tokenizer_backend=("huggingface",)),
+    *_later("more than one tokenizer process", tokenizer_worker_num=("1",), detokenizer_worker_num=("1",)),
+    *_later("streaming less often than every step", stream_interval=("1",)),
+    *_later("several decode steps without scheduling", num_continuous_decode_steps=("1",), scheduler_recv_interval=("1",)),
+    *_later("another first GPU", base_gpu_id=("0",), gpu_id_step=("1",)),
+    *_later("another way to load weights", model_loader_extra_config=("{}",), json_model_override_args=("{}",)),
+    *_later("another name of the weights", weight_version=("default",)),
+    *_later("constrained decoding", grammar_backend=("none",)),
+    *_later("offloading of weights", cpu_offload_gb=("0",)),
+    *_later("a prefill graph", cuda_graph_backend_prefill=("disabled",)),
+    *_later("a decode graph of another kind (--disable-cuda-graph: none)", cuda_graph_backend_decode=("full",)),
+    *_later("conservative admission", schedule_conservativeness=("1.0", "1")),
+    *_later("polling less often", disaggregation_decode_polling_interval=("1",)),
+    *_later("elastic EP", elastic_ep_backend=("none",)),
 )

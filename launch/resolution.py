@@ -120,6 +120,7 @@ def resolve(config: ServerConfig, shape: ModelShape, hardware: Hardware) -> Reso
         load_balance_method="total_tokens" if config.load_balance_method == "auto" else config.load_balance_method,
         max_queued_requests=config.max_queued_requests or MAX_QUEUED_REQUESTS,
         log_level=config.log_level,
+        decode_log_interval=config.decode_log_interval,
     )
     refuse([*_size_conflicts(config), *dispatch_conflicts(resolved, topology)])
     if config.moe_a2a_backend in DEEPEP_BACKENDS:

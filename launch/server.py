@@ -121,6 +121,8 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         role=config.disaggregation_mode,
         bootstrap_port=config.disaggregation_bootstrap_port,
         log_level=config.log_level,
+        log_level_http=config.log_level_http or ("debug" if config.log_level == "debug" else "warning"),
+        log_requests_level=config.log_requests_level if config.log_requests else None,
         watchdog_timeout=resolved.watchdog_timeout,
     )
 
