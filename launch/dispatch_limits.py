@@ -25,10 +25,12 @@ def dispatch_conflicts(config: ResolvedConfig, topology: Topology) -> Iterator[C
     """Steps that would take the low-latency layout and not fit it."""
     cap = tokens_cap_per_dp(config.max_dispatch_tokens_per_rank, config.moe_a2a_backend, topology)
     running, chunk = config.max_running_requests_per_dp, config.chunked_prefill_tokens_per_dp
+    # A request that prefills is one of the running ones, and does not decode in that step.
+    most = running - 1 + chunk
     cap_flag = f"--deepep-max-dispatch-tokens-per-rank {config.max_dispatch_tokens_per_rank}"
-    if config.dispatch_mode == "low_latency" and running + chunk > cap:
-        room = max(cap - running, 0) * topology.dp_size
-        wanted = _tokens_per_rank(running + chunk, config, topology)
+    if config.dispatch_mode == "low_latency" and most > cap:
+        room = max(cap - running + 1, 0) * topology.dp_size
+        wanted = _tokens_per_rank(most, config, topology)
         smaller = f"lower --chunked-prefill-size to {room}, or " if room else ""
         yield Conflict(
             flags=f"--deepep-mode low_latency {cap_flag}",
