@@ -27,6 +27,10 @@ SHOWN_LATER = 6
 """How many of the flags that are not built `--help` lists; the others are SGLang's tuning at its defaults."""
 
 
+MISSPELT = 0.94
+"""How alike a name is to one of ours that is meant; no flag of SGLang's comes that close."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with its errors as ConfigError: the command line decides how they look. `wrong`: values that were refused."""
 
@@ -57,7 +61,6 @@ def _add_serve_flags(parser: _Parser) -> None:
 
 
 def _add_flag(group: argparse._ArgumentGroup, flag: Flag, wrong: list[str]) -> None:
-    required = flag.field not in DEFAULTS
     default = DEFAULTS.get(flag.field)
     if flag.kind is None:
         group.add_argument(*flag.names, action="store_true", help=flag.help)
@@ -67,7 +70,6 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag, wrong: list[str]) -> N
         *flag.names,
         type=_reader(flag, flag.kind, wrong),
         metavar=f"{{{','.join(flag.choices)}}}" if flag.choices else flag.metavar,
-        required=required,
         default=default,
         nargs="+" if flag.several else None,
         help=flag.help + shown,
@@ -101,20 +103,18 @@ def new_parser(prog: str, description: str | None = None) -> _Parser:
 def parse_serve(argv: Sequence[str]) -> ServerConfig:
     """The arguments after `serve` -> ServerConfig. Raises ConfigError for anything wrong; `--help` prints and exits."""
     parser = new_parser("moesaic serve", "Serve a DeepSeek-V3-class model over HTTP.")
+    parser.usage = "moesaic serve --model-path DIR [flags]"
     parser.epilog = "SGLang's other flags are taken where they ask for what is so anyway, or refused by name with what to do."
     _add_serve_flags(parser)
     arguments = translate(argv)
     problems = _unknown(arguments, parser)
     try:
         namespace, extra = parser.parse_known_args(arguments)
-    except ConfigError:
-        # A complaint about a missing --model-path would hide a misspelt one.
-        if problems:
-            raise ConfigError("\n".join(problems)) from None
-        raise
+    except ConfigError as error:
+        raise ConfigError("\n".join(problems) or str(error)) from None
     problems += [*parser.wrong, *_later(namespace)]
-    if extra and not problems:
-        problems.append(_unexpected(extra))
+    if not problems:
+        problems += _missing_or_unexpected(namespace, extra)
     if problems:
         raise ConfigError("\n".join(problems))
     values = {field.name: getattr(namespace, field.name) for field in fields(ServerConfig)}
@@ -139,15 +139,25 @@ def _unknown(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _why_unknown(flag: str, known: Sequence[str]) -> str:
-    if (reason := explain(flag)) is not None:
+    # A slip of the finger in a name of ours first: families of foreign names begin alike.
+    near = _nearest(flag, known, MISSPELT)
+    if near is None and (reason := explain(flag)) is not None:
         return f"{flag}: {reason}"
-    near = difflib.get_close_matches("--" + flag.lstrip("-").replace("_", "-"), known, n=1, cutoff=0.6)
-    return f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "`moesaic serve --help` lists all flags")
+    near = near or _nearest(flag, known, 0.6)
+    return f"unknown flag {flag}: " + (f"did you mean {near}?" if near else "`moesaic serve --help` lists all flags")
 
 
-def _unexpected(extra: Sequence[str]) -> str:
+def _nearest(flag: str, known: Sequence[str], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches("--" + flag.lstrip("-").replace("_", "-"), known, n=1, cutoff=cutoff)), None)
+
+
+def _missing_or_unexpected(namespace: argparse.Namespace, extra: Sequence[str]) -> list[str]:
     words = f"unexpected argument{'s' if len(extra) > 1 else ''}: {' '.join(extra)}"
-    return words if extra[0].startswith("-") else f"{words} (a model is named by --model-path)"
+    if namespace.model_path is not None:
+        return [words] if extra else []
+    if extra and not extra[0].startswith("-"):
+        return [f"{words}; did you mean --model-path {extra[0]}?"]
+    return ["--model-path is missing: a folder with a model, or `demo`, the small one that comes along"]
 
 
 def _later(namespace: argparse.Namespace) -> list[str]:

@@ -136,7 +136,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
         _flag("--host", "address to listen on"),
         _flag("--port", "port to listen on; a node other than 0 serves its health there", port_number),
         _flag("--api-key", "demand `Authorization: Bearer KEY`", metavar="KEY"),
-        _switch("--enable-metrics", "serve Prometheus metrics at /metrics"),
+        _switch("--enable-metrics", "as in SGLang; /metrics is served without it too"),
         _choice("--log-level", "how much to log", "debug", "info", "warning", "error"),
         _choice(
             "--log-level-http",

@@ -6,6 +6,7 @@ note), or refused with the reason. The tables are in `launch/foreign_flags.py`. 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -45,7 +46,7 @@ def translate(argv: Sequence[str]) -> list[str]:
 
 def _refuse_both(name: str, ours: tuple[str, ...], argv: Sequence[str]) -> None:
     """A switch may be given twice, a value may not."""
-    valued = {flag for flag, value in zip(ours, ours[1:], strict=False) if not value.startswith("--")}
+    valued = {flag for flag, value in itertools.pairwise(ours) if not value.startswith("--")}
     if both := valued & set(map(name_of, argv)):
         raise ConfigError(f"{name} stands for {' '.join(ours).format('N')}: leave it or {min(both)} out")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -43,6 +44,7 @@ from moesaic.launch.workers import WorkerGroup
 
 # Reading hundreds of gigabytes over a network takes its time; what hangs is noticed by its own deadline before this.
 READY_SECONDS = 3600.0
+PORT_ERRORS = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 def serve(config: ServerConfig) -> int:
@@ -74,7 +76,9 @@ def _bind(config: ServerConfig) -> socket.socket:
     try:
         return bind(config.host, config.port)
     except OSError as error:
-        raise ConfigError(f"--host {config.host} --port {config.port}: {error}; choose another --port") from None
+        # A taken or forbidden port is one thing; an address that this machine does not have is another.
+        wrong = "--port" if isinstance(error.__cause__, OSError) and error.__cause__.errno in PORT_ERRORS else "--host"
+        raise ConfigError(f"--host {config.host} --port {config.port}: {error}; choose another {wrong}") from None
 
 
 def _bootstrap_server(config: ServerConfig) -> contextlib.AbstractContextManager[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from deepseek_v3 import DEEPSEEK_V3
 
 from moesaic.launch.args import parse_serve
 from moesaic.launch.config import ServerConfig
@@ -12,6 +13,10 @@ from moesaic.launch.errors import ConfigError
 from moesaic.launch.flags import FLAG_GROUPS, LATER_FLAGS
 from moesaic.launch.foreign import environment_notes, explain, flag_notes
 from moesaic.launch.foreign_flags import INSTEAD, SATISFIED, TRANSLATED, VALUE_HINTS
+from moesaic.launch.hardware import Hardware
+from moesaic.launch.models.config import parse_model_config
+from moesaic.launch.resolution import resolve
+from moesaic.launch.startup import model_shape
 
 # All flags of SGLang 0.5.23, aliases included.
 SGLANG_FLAGS = (Path(__file__).parent / "sglang_flags.txt").read_text().split()
@@ -67,6 +72,15 @@ def test_the_published_decode_flags_value_by_value() -> None:
     assert (config.max_running_requests, config.mem_fraction_static, config.watchdog_timeout) == (18432, 0.835, 1000000)
 
 
+def test_the_published_decode_instance_fits_deepseek_v3_with_its_batch_of_256_per_gpu() -> None:
+    config = parse_serve(f"{DECODE_6017} --deepep-max-dispatch-tokens-per-rank 256".split())
+    shape = model_shape(parse_model_config(DEEPSEEK_V3))
+
+    resolved = resolve(config, shape, Hardware(num_cores=64, num_cuda_devices=8, deepep_missing=None)).config
+
+    assert (resolved.max_running_requests_per_dp, resolved.cuda_graph_rows) == (256, (256,))
+
+
 def test_every_flag_of_sglang_is_taken_or_refused_by_name_with_a_reason() -> None:
     taken = OURS | SATISFIED.keys() | TRANSLATED.keys()
     lost = [flag for flag in SGLANG_FLAGS if flag not in taken and explain(flag) is None]
@@ -74,6 +88,11 @@ def test_every_flag_of_sglang_is_taken_or_refused_by_name_with_a_reason() -> Non
     assert len(SGLANG_FLAGS) > 500
     assert lost == []
     assert refusal("--lora-paths a=b") == ["--lora-paths: LoRA adapters are not built; leave it out"]
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("--deepep-mod", "--deepep-mode"), ("--log-leve", "--log-level")])
+def test_a_misspelt_flag_is_no_foreign_one(typed: str, meant: str) -> None:
+    assert refusal(f"{typed} auto") == [f"unknown flag {typed}: did you mean {meant}?"]
 
 
 def test_no_flag_of_ours_is_explained_away_and_every_flag_a_reason_names_is_ours() -> None:
