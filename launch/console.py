@@ -99,6 +99,13 @@ class StartupView:
             self._started.setdefault(message.phase, time.monotonic())
         self._move_bar(message)
 
+    def doing(self) -> str:
+        """What most ranks are in now, in words."""
+        if not self._phases:
+            return "its processes begin" if not self._ready else "all ranks are ready"
+        (phase, count), *_ = Counter(self._phases.values()).most_common(1)
+        return f"{phase} ({count} of {self._world_size} ranks)"
+
     def _move_bar(self, message: messages.Progress) -> None:
         if message.rank >= MAX_BARS:
             return

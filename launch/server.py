@@ -31,6 +31,7 @@ from moesaic.launch.http.config import HttpConfig
 from moesaic.launch.http.errors import EngineFailedError
 from moesaic.launch.http.serve import bind
 from moesaic.launch.http.serve import serve as serve_http
+from moesaic.launch.http.starting import answer_while_starting
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.memory_plan import memory_rows
 from moesaic.launch.multi_node import GRACE_SECONDS, rank_specs, run_other_node, watched_nodes
@@ -177,18 +178,21 @@ class _HttpNode:
 
     async def _start(self, stop: asyncio.Event) -> bool:
         """Wait until all ranks are ready; False when told to stop before that."""
-        world_size = self._http_config.world_size
-        with StartupView(self._console, world_size) as view:
-            ready = asyncio.create_task(self._client.wait_ready(READY_SECONDS, view.update))
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not ready.done():
-                ready.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ready
-                return False
-            ready.result()
+        with StartupView(self._console, self._http_config.world_size) as view:
+            async with answer_while_starting(self._sock, view.doing):
+                return await self._wait_ready(stop, view)
+
+    async def _wait_ready(self, stop: asyncio.Event, view: StartupView) -> bool:
+        ready = asyncio.create_task(self._client.wait_ready(READY_SECONDS, view.update))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not ready.done():
+            ready.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ready
+            return False
+        ready.result()
         return True
 
     def _on_signal(self, stop: asyncio.Event) -> None:
