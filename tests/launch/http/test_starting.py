@@ -16,10 +16,9 @@ def test_a_server_that_starts_says_so_and_its_port_listens_on() -> None:
     address = listener.getsockname()
 
     async def ask() -> httpx.Response:
-        async with answer_while_starting(listener, lambda: "load weights (2 of 2 ranks)"):
-            async with httpx.AsyncClient() as client:
-                await client.get(f"http://{address[0]}:{address[1]}/health")
-                return await client.post(f"http://{address[0]}:{address[1]}/v1/completions", json={"prompt": "a" * 100_000})
+        async with answer_while_starting(listener, lambda: "load weights (2 of 2 ranks)"), httpx.AsyncClient() as client:
+            await client.get(f"http://{address[0]}:{address[1]}/health")
+            return await client.post(f"http://{address[0]}:{address[1]}/v1/completions", json={"prompt": "a" * 100_000})
 
     with listener:
         answer = asyncio.run(ask())
