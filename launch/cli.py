@@ -16,6 +16,7 @@ from typing import Literal
 from moesaic.launch.args import parse_serve
 from moesaic.launch.config import ServerConfig
 from moesaic.launch.errors import ConfigError, RankFailedError
+from moesaic.launch.foreign import environment_notes, flag_notes
 from moesaic.launch.version import version
 
 USAGE = """\
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: list[str]) -> int:
     try:
         config = parse_serve(arguments)
+        for note in (*flag_notes(arguments), *environment_notes(os.environ)):
+            print(f"moesaic serve: note: {note}", file=sys.stderr)
         # Before torch is loaded: its C++ side prints a page of stack frames when a peer goes away, which we say in a line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return _load_server()(config)

@@ -48,6 +48,9 @@ class ServerConfig:
     api_key: str | None = None
     enable_metrics: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level_http: Literal["debug", "info", "warning", "error"] | None = None
+    log_requests: bool = False
+    log_requests_level: Literal[0, 1, 2, 3] = 2
     skip_server_warmup: bool = False
     max_queued_requests: int | None = None
     # Parallel layout
@@ -118,6 +121,7 @@ class ServerConfig:
     num_threads: int | None = None
     random_seed: int | None = None
     watchdog_timeout: int = 300
+    decode_log_interval: int = 40
     strict: bool = False
 
 
@@ -140,7 +144,8 @@ class ResolvedConfig:
     `deepep`: what DeepEP is made with, where it is the `moe_a2a_backend`.
     `transfer_backend`: what moves KV between a prefill and a decode instance; "none" for a server without a role.
     `cuda_graph_rows`: requests of a DP rank that decode steps are captured for, ascending; (): none are.
-    `dist_timeout` and `watchdog_timeout` are in seconds.
+    `dist_timeout` and `watchdog_timeout` are in seconds. `recorder_buffer_size` -1: any number of windows. `decode_log_interval`:
+    steps of a DP rank between two log lines.
     """
 
     model_path: str
@@ -183,6 +188,7 @@ class ResolvedConfig:
     load_balance_method: Literal["round_robin", "total_tokens", "total_requests"]
     max_queued_requests: int
     log_level: Literal["debug", "info", "warning", "error"]
+    decode_log_interval: int = 40
 
     @property
     def fp8_weights(self) -> bool:

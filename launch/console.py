@@ -26,6 +26,8 @@ from moesaic.launch.version import version
 
 MAX_BARS = 16
 PIPE_WIDTH = 140
+# To try the server with; the same as in the README.
+REQUEST = {"prompt": "with open(filename) as", "max_tokens": 48, "temperature": 0, "repetition_penalty": 1.1}
 
 
 def make_console() -> Console:
@@ -97,6 +99,13 @@ class StartupView:
             self._started.setdefault(message.phase, time.monotonic())
         self._move_bar(message)
 
+    def doing(self) -> str:
+        """What most ranks are in now, in words."""
+        if not self._phases:
+            return "its processes begin" if not self._ready else "all ranks are ready"
+        (phase, count), *_ = Counter(self._phases.values()).most_common(1)
+        return f"{phase} ({count} of {self._world_size} ranks)"
+
     def _move_bar(self, message: messages.Progress) -> None:
         if message.rank >= MAX_BARS:
             return
@@ -136,7 +145,7 @@ def show_ready(console: Console, plan: Plan) -> None:
     config = plan.config
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
-    body = json.dumps({"model": plan.served_model_name, "prompt": "def add(a, b):", "max_tokens": 32, "temperature": 0})
+    body = json.dumps({"model": plan.served_model_name, **REQUEST})
     # The key itself stays out of terminals and logs.
     authorization = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
     key = 'os.environ["API_KEY"]' if config.api_key else '"none"'
@@ -146,5 +155,6 @@ def show_ready(console: Console, plan: Plan) -> None:
     print(f"curl -s {url}/v1/completions -H 'Content-Type: application/json'{authorization} \\\n  -d '{body}'\n")
     print("import os\n" * bool(config.api_key) + "from openai import OpenAI")
     print(f'client = OpenAI(base_url="{url}/v1", api_key={key})')
-    print(f'answer = client.completions.create(model={model}, prompt="def add(a, b):", max_tokens=32, temperature=0)')
+    prompt, max_tokens = json.dumps(REQUEST["prompt"]), REQUEST["max_tokens"]
+    print(f"answer = client.completions.create(model={model}, prompt={prompt}, max_tokens={max_tokens}, temperature=0)")
     print("print(answer.choices[0].text)\n", flush=True)

@@ -26,7 +26,8 @@ class StepSizes:
 
     @property
     def num_tokens(self) -> int:
-        return self.running_requests + self.prompt_tokens
+        # A request that prefills is one of the running ones, and does not decode in that step.
+        return self.running_requests - 1 + self.prompt_tokens
 
 
 def tokens_cap_per_dp(max_tokens_per_rank: int, backend: str, topology: Topology) -> int:
@@ -39,7 +40,7 @@ def dispatch_conflicts(config: ServerConfig, mode: DispatchMode, sizes: StepSize
     max_tokens = config.deepep_max_dispatch_tokens_per_rank
     cap = tokens_cap_per_dp(max_tokens, config.moe_a2a_backend, topology)
     if mode == "low_latency" and sizes.num_tokens > cap:
-        room = max(cap - sizes.running_requests, 0) * topology.dp_size
+        room = max(cap - sizes.running_requests + 1, 0) * topology.dp_size
         wanted = _tokens_per_rank(sizes.num_tokens, config, topology)
         smaller = f"lower --chunked-prefill-size to {room}, or " if room else ""
         yield Conflict(

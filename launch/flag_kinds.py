@@ -31,6 +31,11 @@ def chunk_size(text: str) -> int:
     return _checked(text, int, lambda value: value == -1 or value >= 1, "a number of tokens, or -1 for no chunking")
 
 
+def count_or_any(text: str) -> int:
+    """A number of 1 or more, or -1 for no limit."""
+    return _checked(text, int, lambda value: value == -1 or value >= 1, "an integer of 1 or more, or -1 for no limit")
+
+
 def fraction(text: str) -> float:
     """A number in (0, 1]."""
     return _checked(text, float, lambda value: 0 < value <= 1, "a fraction above 0 and up to 1")
@@ -94,9 +99,9 @@ def choice(name: str, help: str, *choices: str) -> Flag:
     return Flag(names=(name,), help=help, choices=choices)
 
 
-def switch(name: str, help: str) -> Flag:
+def switch(name: str, help: str, *aliases: str) -> Flag:
     """A flag without a value."""
-    return Flag(names=(name,), help=help, kind=None)
+    return Flag(names=(name, *aliases), help=help, kind=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,4 +151,5 @@ def _resolved(config: ServerConfig, settled: _Settled, num_threads: int) -> Reso
         load_balance_method="total_tokens" if config.load_balance_method == "auto" else config.load_balance_method,
         max_queued_requests=config.max_queued_requests or MAX_QUEUED_REQUESTS,
         log_level=config.log_level,
+        decode_log_interval=config.decode_log_interval,
     )

@@ -77,12 +77,12 @@ def _running_requests(config: ServerConfig, mode: DispatchMode) -> int:
 def _prompt_tokens(config: ServerConfig, shape: ModelShape, device: DeviceName, topology: Topology) -> int:
     """Prompt tokens that a DP rank takes into one step. -1 turns chunking off: a chunk may be as long as a prompt can be.
 
-    A decode instance computes prompts only for requests that it has sent back: what fits the low-latency layout beside running
-    ones.
+    A decode instance computes prompts only for requests that it has sent back: what fits the low-latency layout beside the other
+    running ones.
     """
     if config.disaggregation_mode == "decode" and config.chunked_prefill_size is None:
         cap = tokens_cap_per_dp(config.deepep_max_dispatch_tokens_per_rank, config.moe_a2a_backend, topology)
-        return max(1, cap - _running_requests(config, "low_latency"))
+        return max(1, cap - _running_requests(config, "low_latency") + 1)
     if config.chunked_prefill_size == -1:
         return context_length(config, shape)
     chunk = CHUNKED_PREFILL_TOKENS_PER_DP[device]

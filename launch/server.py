@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ from moesaic.launch.http.config import HttpConfig
 from moesaic.launch.http.errors import EngineFailedError
 from moesaic.launch.http.serve import bind
 from moesaic.launch.http.serve import serve as serve_http
+from moesaic.launch.http.starting import answer_while_starting
 from moesaic.launch.layout_rules import layout_conflicts
 from moesaic.launch.memory_plan import memory_rows
 from moesaic.launch.multi_node import GRACE_SECONDS, rank_specs, run_other_node, watched_nodes
@@ -43,6 +45,7 @@ from moesaic.launch.workers import WorkerGroup
 
 # Reading hundreds of gigabytes over a network takes its time; what hangs is noticed by its own deadline before this.
 READY_SECONDS = 3600.0
+PORT_ERRORS = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 def serve(config: ServerConfig) -> int:
@@ -74,7 +77,9 @@ def _bind(config: ServerConfig) -> socket.socket:
     try:
         return bind(config.host, config.port)
     except OSError as error:
-        raise ConfigError(f"--host {config.host} --port {config.port}: {error}; choose another --port") from None
+        # A taken or forbidden port is one thing; an address that this machine does not have is another.
+        wrong = "--port" if isinstance(error.__cause__, OSError) and error.__cause__.errno in PORT_ERRORS else "--host"
+        raise ConfigError(f"--host {config.host} --port {config.port}: {error}; choose another {wrong}") from None
 
 
 def _bootstrap_server(config: ServerConfig) -> contextlib.AbstractContextManager[object]:
@@ -121,6 +126,8 @@ def http_config(plan: Plan, endpoints: Endpoints) -> HttpConfig:
         role=config.disaggregation_mode,
         bootstrap_port=config.disaggregation_bootstrap_port,
         log_level=config.log_level,
+        log_level_http=config.log_level_http or ("debug" if config.log_level == "debug" else "warning"),
+        log_requests_level=config.log_requests_level if config.log_requests else None,
         watchdog_timeout=resolved.watchdog_timeout,
     )
 
@@ -171,18 +178,21 @@ class _HttpNode:
 
     async def _start(self, stop: asyncio.Event) -> bool:
         """Wait until all ranks are ready; False when told to stop before that."""
-        world_size = self._http_config.world_size
-        with StartupView(self._console, world_size) as view:
-            ready = asyncio.create_task(self._client.wait_ready(READY_SECONDS, view.update))
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if not ready.done():
-                ready.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ready
-                return False
-            ready.result()
+        with StartupView(self._console, self._http_config.world_size) as view:
+            async with answer_while_starting(self._sock, view.doing):
+                return await self._wait_ready(stop, view)
+
+    async def _wait_ready(self, stop: asyncio.Event, view: StartupView) -> bool:
+        ready = asyncio.create_task(self._client.wait_ready(READY_SECONDS, view.update))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not ready.done():
+            ready.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ready
+            return False
+        ready.result()
         return True
 
     def _on_signal(self, stop: asyncio.Event) -> None:

@@ -39,7 +39,7 @@ NODE_LOCAL_FLAGS = frozenset(
     {
         *("node_rank", "host", "port", "api_key", "log_level", "num_threads", "strict", "enable_metrics", "device"),
         *("model_path", "tokenizer_path", "served_model_name", "skip_server_warmup", "max_queued_requests"),
-        *("watchdog_timeout", "tbo_profile"),
+        *("watchdog_timeout", "tbo_profile", "log_level_http", "log_requests", "log_requests_level", "decode_log_interval"),
     }
 )
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

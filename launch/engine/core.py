@@ -51,11 +51,12 @@ RequestMessage = GenerateRequest | AbortRequest
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one call of `step` brought: the step that all ranks agreed on and launched, and whatever is to be sent now: outputs for
-    clients (as in `StepOutputs`), of this step or of the one before, and answers to commands.
+    """What one call of `step` brought: the step that all ranks agreed on and launched, this rank's plan in it, and whatever is to
+    be sent now: outputs for clients (as in `StepOutputs`), of this step or of the one before, and answers to commands.
     """
 
     step: Step
+    plan: Plan
     outputs: list[RequestOutput]
     rids: list[int]
     tokens: list[int]
@@ -167,7 +168,7 @@ class RankEngine:
         if self._rooms is not None and self._rules.attn_tp_size > 1:
             self._settle_rooms(self._rooms, [header.rooms for header in headers[self._group]])
         outputs, rids, tokens = self.results.take()
-        return StepResult(step=step, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
+        return StepResult(step=step, plan=plan, outputs=outputs, rids=rids, tokens=tokens, replies=replies)
 
     def load(self, dp_rank: int) -> LoadReport:
         """The scheduler's state now."""

@@ -22,6 +22,7 @@ from moesaic.launch.engine.inbox import Inbox
 from moesaic.launch.engine.messages import FromRank, Heartbeat, LoadReport, RankError, StepOutputs, encoder
 from moesaic.launch.engine.rank_spec import RankSpec
 from moesaic.launch.engine.rank_startup import AttachRooms, RankStartup
+from moesaic.launch.engine.step_log import StepLog
 
 HEARTBEAT_S = 1.0
 IDLE_POLL_S = 1.0
@@ -100,6 +101,7 @@ class RankProcess:
         self._outbox = outbox
         self._activity = activity
         self._last_load: LoadReport | None = None
+        self._log = StepLog(spec.config.decode_log_interval)
         socket = context.socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.connect(spec.to_rank_endpoint)
@@ -156,6 +158,7 @@ class RankProcess:
             return
         dp_rank = self._spec.place.dp_rank
         load = engine.load(dp_rank)
+        self._log.step(result.plan, load)
         # Steps that only wait for transfers are many: they have news when the load is another one. It may be in a quiet step too,
         # when the last room has ended before it.
         has_role = self._spec.role is not None

@@ -7,6 +7,7 @@ writes the file; a dump of single tokens is one file per rank. Off, it costs one
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ FOLDER_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
 
 @dataclass(frozen=True, kw_only=True)
 class RecordingSettings:
-    """`buffer_size`: most windows kept (stat: of 16 steps, per_pass: of one); a bound in bytes holds in any case.
+    """`buffer_size`: most windows kept, -1 for any number (stat: of 16 steps, per_pass: of one); a bound in bytes holds anyway.
 
     `model_name` goes into the file.
     """
@@ -109,7 +110,7 @@ def _make_recorder(settings: RecordingSettings, config: ModelConfig, device: str
         layer_ids=config.sparse_layers,
         num_experts=config.n_routed_experts,
         steps_per_window=1 if settings.mode == "per_pass" else STEPS_PER_WINDOW,
-        max_windows=settings.buffer_size,
+        max_windows=sys.maxsize if settings.buffer_size == -1 else settings.buffer_size,
         device=device,
         mode=settings.mode,
     )

@@ -17,6 +17,7 @@ from moesaic.launch.http.openai_fields import (
     OpenAiBody,
     new_name,
     openai_plan,
+    refuse_tool_choice,
     refuse_tools,
     refuse_unsupported,
     usage,
@@ -36,6 +37,7 @@ class ChatBody(OpenAiBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
     functions: list[Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -73,6 +75,7 @@ async def _make_jobs(services: Services, body: ChatBody, name: str) -> list[Job]
     refuse_unsupported(body)
     refuse_tools(body.tools, "tools")
     refuse_tools(body.functions, "functions")
+    refuse_tool_choice(body.tool_choice)
     top = body.top_logprobs or 0
     if not 0 <= top <= MAX_TOP_LOGPROBS:
         raise bad_request(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {top}", "top_logprobs")

@@ -65,7 +65,7 @@ def _model(services: Services, created: int) -> dict[str, Any]:
         "owned_by": "moesaic",
         "root": services.config.model_path,
         "parent": None,
-        "max_model_len": services.config.context_length,
+        "max_model_len": services.limits.max_tokens,
     }
 
 

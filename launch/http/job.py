@@ -77,12 +77,13 @@ def check_ids(input_ids: Sequence[int], limits: ModelLimits, param: str) -> tupl
 
 
 def fit_plan(plan: Plan, num_prompt_tokens: int, limits: ModelLimits, names: FieldNames) -> Plan:
-    """`plan` with its number of new tokens resolved; refused when prompt and new tokens exceed the context."""
-    room = limits.context_length - num_prompt_tokens
+    """`plan` with its number of new tokens resolved; refused when prompt and new tokens exceed the context or
+    the KV cache.
+    """
+    room = limits.max_tokens - num_prompt_tokens
     if room < 1:
         raise bad_request(
-            f"{names.prompt} has {num_prompt_tokens} tokens, but the context length is {limits.context_length} tokens "
-            "and at least one is needed for the answer",
+            f"{names.prompt} has {num_prompt_tokens} tokens, but {limits.in_words()}, and at least one is needed for the answer",
             names.prompt,
             "context_length_exceeded",
         )
@@ -92,7 +93,7 @@ def fit_plan(plan: Plan, num_prompt_tokens: int, limits: ModelLimits, names: Fie
     if wanted > room:
         raise bad_request(
             f"{names.prompt} has {num_prompt_tokens} tokens and {names.max_tokens} is {wanted}: together "
-            f"{num_prompt_tokens + wanted}, but the context length is {limits.context_length} tokens",
+            f"{num_prompt_tokens + wanted}, but {limits.in_words()}",
             names.max_tokens,
             "context_length_exceeded",
         )

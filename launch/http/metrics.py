@@ -34,6 +34,7 @@ class _Loads(Collector):
             ("num_running_reqs", "Requests in the running batch", lambda load: load.num_running_reqs),
             ("num_queue_reqs", "Requests waiting for a place", lambda load: load.num_waiting_reqs),
             ("num_used_tokens", "Tokens of KV cache in use", lambda load: load.num_used_tokens),
+            ("max_total_num_tokens", "Tokens of KV cache that there are", lambda load: load.max_total_num_tokens),
             ("token_usage", "Share of the KV cache in use", token_usage),
             ("gen_throughput", "Generated tokens per second", lambda load: load.gen_throughput),
             ("cache_hit_rate", "Share of prompt tokens found in the prefix cache", lambda load: load.cache_hit_rate),
@@ -203,6 +204,7 @@ class Metrics:
         self._registry.register(_Rebalancing(model, rebalance))
         self._registry.register(_Rooms(model, role, loads))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
+        self.cached_tokens = self._counter("cached_tokens", "Prompt tokens that were found in the prefix cache")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens")
         self.num_requests = self._counter("num_requests", "Sequences that have ended, however they did")
         self.num_aborted = self._counter("num_aborted_requests", "Sequences that were aborted or failed")

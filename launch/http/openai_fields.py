@@ -87,6 +87,11 @@ def refuse_tools(value: Sequence[object] | None, param: str) -> None:
         raise bad_request(f"{param}: tool calls are not supported yet", param)
 
 
+def refuse_tool_choice(value: object) -> None:
+    if value not in (None, "auto", "none"):
+        raise bad_request("tool_choice: tool calls are not supported yet", "tool_choice")
+
+
 def openai_plan(services: Services, body: OpenAiBody, max_tokens: int | None, max_tokens_name: str) -> Plan:
     """The body's sampling fields, checked. Without `max_tokens` the answer may fill the context."""
     values: dict[str, object] = {name: getattr(body, name) for name in SHARED if getattr(body, name) is not None}

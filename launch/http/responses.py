@@ -19,6 +19,7 @@ from moesaic.launch.http.openai_fields import (
     new_name,
     openai_plan,
     refuse_format,
+    refuse_tool_choice,
     refuse_tools,
     refuse_unsupported,
 )
@@ -37,6 +38,7 @@ class ResponsesBody(OpenAiBody, kw_only=True):
     conversation: Any = None
     background: bool | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
     text: dict[str, Any] | None = None
     include: list[Any] | None = None
     prompt: Any = None
@@ -76,6 +78,7 @@ async def _whole(services: Services, jobs: Sequence[Job], shape: ResponseShape) 
 def _refuse(body: ResponsesBody) -> None:
     refuse_unsupported(body)
     refuse_tools(body.tools, "tools")
+    refuse_tool_choice(body.tool_choice)
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(body, name) is not None:
             raise bad_request(f"{name} is not supported: this server stores no responses", name)

@@ -208,6 +208,7 @@ def _observe(metrics: Metrics, update: Update, output: RequestOutput) -> None:
     sequence = update.sequence
     if update.first:
         metrics.prompt_tokens.inc(len(sequence.job.input_ids))
+        metrics.cached_tokens.inc(sequence.cached_tokens)
         if update.token_ids:
             metrics.time_to_first_token.observe(now - sequence.started)
         if output.queue_seconds is not None:

@@ -50,11 +50,23 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What the checks need to know of the model."""
+    """What the checks need to know of the model and the server. `kv_tokens`: what the KV cache of one DP rank holds."""
 
     vocab_size: int
     context_length: int
+    kv_tokens: int
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return min(self.context_length, self.kv_tokens)
+
+    def in_words(self) -> str:
+        if self.kv_tokens < self.context_length:
+            room = f"the KV cache of a DP rank holds {self.kv_tokens} tokens"
+            return f"{room} (--max-total-tokens and --mem-fraction-static decide that)"
+        return f"the context length is {self.context_length} tokens"
 
 
 class _Reader:

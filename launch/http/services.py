@@ -46,7 +46,13 @@ class Services:
 
 
 def make_services(config: HttpConfig, client: RankClient, tokenizer: Tokenizer | None) -> Services:
-    limits = ModelLimits(vocab_size=config.vocab_size, context_length=config.context_length, eos_token_ids=config.eos_token_ids)
+    """All ranks must be ready: they say how much KV they have."""
+    limits = ModelLimits(
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        kv_tokens=min(rank.max_total_num_tokens for rank in client.ready.values()),
+        eos_token_ids=config.eos_token_ids,
+    )
     metrics = Metrics(config.served_model_name, client.loads, client.health.rebalance, config.role)
     log = RequestLog(config.log_requests_level)
     return Services(config=config, client=client, tokenizer=tokenizer, metrics=metrics, limits=limits, log=log)

@@ -42,7 +42,7 @@ def make_router(services: Services) -> APIRouter:
         services.check_model(body.model)
         tokens = await _tokens(services, body)
         count = [len(ids) for ids in tokens] if isinstance(body.prompt, list) else len(tokens)
-        return json_response({"tokens": tokens, "count": count, "max_model_len": services.config.context_length})
+        return json_response({"tokens": tokens, "count": count, "max_model_len": services.limits.max_tokens})
 
     @router.post("/detokenize")
     @router.post("/v1/detokenize")

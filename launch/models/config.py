@@ -73,7 +73,10 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     """Read and check `folder/config.json`. Raises ModelConfigError that names the file and the field."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelConfigError(f"no model at {str(folder)!r}: {path} does not exist")
+        raise ModelConfigError(
+            f"no model at {str(folder)!r}: {path} does not exist. It must be a folder with config.json and *.safetensors "
+            "(nothing is downloaded: `hf download NAME --local-dir DIR` does that)"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

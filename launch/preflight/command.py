@@ -27,6 +27,7 @@ from moesaic.launch.preflight.limits import Needs, check_limits
 from moesaic.launch.preflight.model_files import check_model
 from moesaic.launch.preflight.network import check_network
 from moesaic.launch.preflight.ports import check_ports
+from moesaic.launch.preflight.tokenizer_files import check_tokenizer
 from moesaic.launch.shared_gpu_rules import gpus_per_node
 from moesaic.launch.startup import Plan, make_plan, shared_settings
 from moesaic.launch.topology import Topology
@@ -96,7 +97,7 @@ def look_around(config: ServerConfig) -> Look:
         findings.append(fail("flags, layout and memory", str(error), "change the flags as said"))
     if plan is not None:
         model, files = check_model(config.model_path, plan.model, plan.resolution.config.load_format)
-        findings.append(model)
+        findings += [model, check_tokenizer(config)]
         settings["checkpoint files"] = (
             "dummy" if files is None else f"{files.num_files} files of {files.num_bytes:,} bytes ({files.digest})"
         )
@@ -134,12 +135,13 @@ def needs_of(config: ServerConfig, *, cuda: bool) -> Needs:
 
 
 def quick_look(config: ServerConfig, plan: Plan) -> list[Finding]:
-    """What `moesaic serve` looks at itself before weights load: limits, the ports that it has not taken yet, the model's files."""
+    """What `moesaic serve` looks at itself before weights load: limits, the ports that it has not taken yet, files."""
     resolved = plan.resolution.config
     return [
         *check_limits(needs_of(config, cuda=resolved.device == "cuda")),
         *check_ports(config, served=False),
         check_model(config.model_path, plan.model, resolved.load_format)[0],
+        check_tokenizer(config),
     ]
 
 

@@ -121,4 +121,9 @@ def test_the_command_says_its_version_and_refuses_in_one_line(capsys: pytest.Cap
     assert main(["server"]) == 2
     assert "unknown command 'server'" in capsys.readouterr().err
     assert main(["serve"]) == 2
-    assert capsys.readouterr().err == "moesaic serve: the following arguments are required: --model-path/--model\n"
+    assert (
+        capsys.readouterr().err
+        == "moesaic serve: --model-path is missing: a folder with a model, or `demo`, the small one that comes along\n"
+    )
+    assert main(["serve", "demo"]) == 2
+    assert capsys.readouterr().err == "moesaic serve: unexpected argument: demo; did you mean --model-path demo?\n"

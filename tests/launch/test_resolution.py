@@ -136,17 +136,26 @@ def test_both_ways_out_of_the_low_latency_conflict_work() -> None:
     flags: dict[str, Any] = {**DP2, "deepep_mode": "low_latency"}
 
     settle(**flags | {"deepep_mode": "auto"})
-    # As the message proposes: 64 running requests per DP rank leave room for 64 tokens each.
-    assert settle(**flags, chunked_prefill_size=128).config.dispatch_mode == "low_latency"
-    settle(**flags, deepep_max_dispatch_tokens_per_rank=1088)
+    # As the message proposes: beside a prompt 63 of 64 running requests per DP rank decode, which leaves room for 65 tokens of it.
+    assert settle(**flags, chunked_prefill_size=130).config.dispatch_mode == "low_latency"
+    settle(**flags, deepep_max_dispatch_tokens_per_rank=1087)
+
+
+def test_a_decode_instance_may_run_as_many_requests_as_the_layout_takes() -> None:
+    """The published decode instances run 256 per GPU with a cap of 256 tokens."""
+    flags: dict[str, Any] = {**DP2, "disaggregation_mode": "decode", "max_running_requests": 512}
+
+    config = settle(**flags, deepep_max_dispatch_tokens_per_rank=256).config
+    assert (config.max_running_requests_per_dp, config.chunked_prefill_tokens_per_dp) == (256, 1)
 
 
 def test_ranks_of_an_attention_tp_group_share_the_low_latency_cap() -> None:
     flags: dict[str, Any] = {"tp_size": 4, "deepep_mode": "low_latency", "max_running_requests": 100}
 
-    settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=412)
+    # 99 decode beside the one that prefills.
+    settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=413)
     with pytest.raises(ConfigError):
-        settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=413)
+        settle(**flags, moe_a2a_backend="torch", chunked_prefill_size=414)
     with pytest.raises(ConfigError):
         settle(**flags, moe_a2a_backend="none", chunked_prefill_size=412)
 

@@ -68,7 +68,8 @@ class Server:
 
     @property
     def output(self) -> str:
-        return self.log.read_text(encoding="utf-8")
+        # Read while it is written: it may end within a character.
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
     def ranks(self) -> dict[int, int]:
         """Process id by rank, as `ps` would show them."""

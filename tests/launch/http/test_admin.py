@@ -134,6 +134,7 @@ def test_metrics_count_what_happened(server: HttpServer) -> None:
     after = read()
     grown = {name: after[name] - before[name] for name in after if name in before}
     assert grown["moesaic:prompt_tokens_total"] == 4
+    assert grown["moesaic:cached_tokens_total"] == 2  # an echo rank has one token of each prompt
     assert grown["moesaic:generation_tokens_total"] == 8
     assert grown["moesaic:num_requests_total"] == 2
     assert grown["moesaic:num_aborted_requests_total"] == 0
@@ -141,5 +142,5 @@ def test_metrics_count_what_happened(server: HttpServer) -> None:
     assert grown["moesaic:inter_token_latency_seconds_count"] == 6
     assert grown["moesaic:e2e_request_latency_seconds_count"] == 2
     assert grown["moesaic:queue_time_seconds_count"] == 2
-    gauges = "num_running_reqs num_queue_reqs num_used_tokens token_usage gen_throughput cache_hit_rate num_retracted_reqs"
-    assert all(f"moesaic:{name}{rank}" in after for name in gauges.split() for rank in (0, 1))
+    gauges = "num_running_reqs num_queue_reqs num_used_tokens max_total_num_tokens token_usage gen_throughput cache_hit_rate"
+    assert all(f"moesaic:{name}{rank}" in after for name in (*gauges.split(), "num_retracted_reqs") for rank in (0, 1))

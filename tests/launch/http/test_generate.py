@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_server import HttpServer, byte_level_tokenizer
+from http_server import HttpServer, byte_level_tokenizer, wait_for
 
 TOKENIZER = byte_level_tokenizer()
 PROMPT = [TOKENIZER.token_to_id("h"), TOKENIZER.token_to_id("i"), TOKENIZER.token_to_id("!")]
@@ -93,8 +93,7 @@ def test_the_ranks_are_told_of_a_stop_string(server: HttpServer) -> None:
     answer = server.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 400, "stop": "i!"})
     rank = server.ranks[answer["meta_info"]["dp_rank"]]
     last = rank.generates()[-1]
-    abort = next(message for message in rank.aborts() if message.rid == last.rid)
-    assert abort.finish
+    wait_for(lambda: any(message.rid == last.rid and message.finish for message in rank.aborts()))
 
 
 def test_no_stop_trim_keeps_the_stop(server: HttpServer) -> None:
