@@ -15,12 +15,14 @@ from moesaic.launch.http.job import FieldNames, Job, Wants, make_jobs
 from moesaic.launch.http.messages_text import clean_message, encode_messages
 from moesaic.launch.http.openai_fields import (
     OpenAiBody,
+    StreamOptions,
     new_name,
     openai_plan,
     refuse_tool_choice,
     refuse_tools,
     refuse_unsupported,
     usage,
+    usage_so_far,
 )
 from moesaic.launch.http.openai_logprobs import chat_logprobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
@@ -65,7 +67,7 @@ def make_router(services: Services) -> APIRouter:
         head = _Head(id=new_name("chatcmpl", body.rid), created=int(time.time()), model=services.check_model(body.model))
         jobs = await _make_jobs(services, body, head.id)
         if body.stream:
-            return EventStream(_stream(services, jobs, head, body.include_usage()))
+            return EventStream(_stream(services, jobs, head, body.stream_usage()))
         return await unless_gone(request, _whole(services, jobs, head))
 
     return router
@@ -137,14 +139,13 @@ def _ending(sequence: Generated) -> dict[str, Any]:
     return {"finish_reason": finish.kind, "matched_stop": finish.matched}
 
 
-async def _stream(services: Services, jobs: Sequence[Job], head: _Head, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    # OpenAI: with include_usage, every chunk but the last has a null.
-    more: dict[str, object] = {"usage": None} if with_usage else {}
+async def _stream(services: Services, jobs: Sequence[Job], head: _Head, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     with Run(services, jobs) as run:
         async for update in run.updates():
+            more = usage_so_far(options, run.sequences)
             for choice in _chunk_choices(services, update):
                 yield event(head.chunk([choice], **more))
-        if with_usage:
+        if options.include_usage:
             yield event(head.chunk([], usage=usage(run.sequences)))
     yield DONE
 

@@ -12,7 +12,15 @@ from fastapi import APIRouter, Request, Response
 from moesaic.launch.http.body import read_body
 from moesaic.launch.http.errors import bad_request, json_response
 from moesaic.launch.http.job import FieldNames, Job, Wants, make_jobs
-from moesaic.launch.http.openai_fields import OpenAiBody, new_name, openai_plan, refuse_unsupported, usage
+from moesaic.launch.http.openai_fields import (
+    OpenAiBody,
+    StreamOptions,
+    new_name,
+    openai_plan,
+    refuse_unsupported,
+    usage,
+    usage_so_far,
+)
 from moesaic.launch.http.openai_logprobs import completion_logprobs
 from moesaic.launch.http.reply import DONE, EventStream, event, unless_gone
 from moesaic.launch.http.rooms import with_rooms
@@ -67,7 +75,7 @@ def make_router(services: Services) -> APIRouter:
         n = len(jobs) // len(prompts)
         reply = _Reply(id=name, created=int(time.time()), model=model, prompts=texts, n=n)
         if body.stream:
-            return EventStream(_stream(services, jobs, reply, body.include_usage()))
+            return EventStream(_stream(services, jobs, reply, body.stream_usage()))
         return await unless_gone(request, _whole(services, jobs, reply))
 
     return router
@@ -162,15 +170,14 @@ def _ending(sequence: Generated) -> dict[str, Any]:
     return {"finish_reason": finish.kind, "matched_stop": finish.matched}
 
 
-async def _stream(services: Services, jobs: Sequence[Job], reply: _Reply, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    more: dict[str, object] = {"usage": None} if with_usage else {}
+async def _stream(services: Services, jobs: Sequence[Job], reply: _Reply, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     offsets = [0] * len(jobs)
     with Run(services, jobs) as run:
         async for update in run.updates():
             choice = _chunk_choice(services, update, reply, offsets)
             if choice["text"] or choice["logprobs"] is not None or update.sequence.finish is not None:
-                yield event(reply.object([choice], **more))
-        if with_usage:
+                yield event(reply.object([choice], **usage_so_far(options, run.sequences)))
+        if options.include_usage:
             yield event(reply.object([], usage=usage(run.sequences)))
     yield DONE
 

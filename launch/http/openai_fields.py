@@ -22,7 +22,10 @@ _CONSTRAINED = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
+    """`include_usage`: a last chunk with the usage. `continuous_usage_stats`, as in SGLang and vLLM: in every chunk, so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAiBody(RoomFields, kw_only=True):
@@ -63,8 +66,8 @@ class OpenAiBody(RoomFields, kw_only=True):
     def pinned(self) -> int | None:
         return self.routed_dp_rank if self.data_parallel_rank is None else self.data_parallel_rank
 
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def stream_usage(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
 
 def refuse_unsupported(body: OpenAiBody) -> None:
@@ -105,6 +108,13 @@ def openai_plan(services: Services, body: OpenAiBody, max_tokens: int | None, ma
 
 def new_name(prefix: str, rid: str | None = None) -> str:
     return rid or f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage_so_far(options: StreamOptions, sequences: Sequence[Generated]) -> dict[str, object]:
+    """What a chunk before the last says of usage. OpenAI: with include_usage a null."""
+    if options.continuous_usage_stats:
+        return {"usage": usage(sequences)}
+    return {"usage": None} if options.include_usage else {}
 
 
 def usage(sequences: Sequence[Generated]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -112,6 +113,14 @@ def test_completions_that_name_no_length_get_sixteen_tokens_or_what_fits(client:
         answer = client.completions.create(model="echo", prompt=[5] * num_prompt, extra_body=extra)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == num_new
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_in_every_chunk_for_those_who_ask(server: HttpServer, path: str) -> None:
+    body = {"prompt": [5, 6], "messages": MESSAGES, "max_tokens": 3, "ignore_eos": True, "stream": True}
+    events = server.stream(path, {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}})
+    counts = [json.loads(event)["usage"]["completion_tokens"] for event in events if event != "[DONE]"]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 3
 
 
 def test_completions_of_a_batch_with_n(client: openai.OpenAI) -> None:
