@@ -19,6 +19,7 @@ from moesaic.kernels import merge_attention, mla_decode, mla_prefill, quant
 from moesaic.kernels.prefill_libraries import WORKSPACE_BYTES, FlashInferPrefill, Prefill, sdpa_prefill
 
 PROMPT = 4096
+FINER_SPLIT = mla_decode.SPLIT_TOKENS // 2
 
 
 def attention_cases() -> list[Case]:
@@ -62,6 +63,10 @@ def _mla(tokens: int, context: int, fp8: bool) -> Case:
         peers: dict[str, Call] = {}
         if base.DEVICE == "cuda":
             peers["tiles of 32 rows"] = lambda: _decode_in_small_tiles(query, pool, page_table, lens, **options)
+        if context > FINER_SPLIT:  # 32 sequences of 4096 in whole splits are 64 programs, half of a Hopper's multiprocessors
+            peers[f"splits of {FINER_SPLIT}"] = partial(
+                mla_decode.mla_decode, query, pool, page_table, lens, split_tokens=FINER_SPLIT, **options
+            )
         if not fp8 and find_spec("flashinfer"):
             peers["FlashInfer"] = _flashinfer_decode(query, pool, page_table, lens, scale)
         if not fp8 and tokens * context <= 2**19:
