@@ -23,6 +23,7 @@ import bare_import  # noqa: F401  before anything of moesaic
 import torch
 from h200_attention_cases import attention_cases
 from h200_cases import Call, Case, Ready
+from h200_dense_cases import dense_cases
 from h200_expert_cases import expert_cases
 from h200_product_cases import product_cases
 from h200_report import Report, Result
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def all_cases() -> list[Case]:
     """One size of every kernel first: what a run that is cut off should have."""
-    cases = row_cases() + attention_cases() + product_cases() + expert_cases() + step_cases()
+    cases = row_cases() + attention_cases() + product_cases() + expert_cases() + dense_cases() + step_cases()
     return sorted(cases, key=lambda case: not case.in_quick)
 
 

@@ -6,6 +6,7 @@ with dequantised weights, and only on demand. What computes the experts is runne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from moesaic.kernels.grouped_backends import DENSE_NAMES, TABLE, Name
@@ -70,17 +71,19 @@ def _on_a_cpu(config: ServerConfig, dtype: DTypeName) -> tuple[Quantization, Cho
 
 def _reason_against(config: ServerConfig, shape: ModelShape, dtype: DTypeName, hardware: Hardware) -> str | None:
     """Why `auto` does not compute in FP8 on this machine with this layout; None if it does."""
-    conflicts = [*block_conflicts(config, shape, Topology.from_config(config)), *fp8_weight_conflicts(config, shape)]
-    if conflicts:
-        return _in_words(conflicts[0])
+    conflict = next(fp8_conflicts(config, shape), None)
+    if conflict is not None:
+        return f"{conflict.reason} ({conflict.remedy})"
     missing = _reasons(dtype, hardware)
     if all(name in missing for name in DENSE_NAMES if name != "torch"):
         return "no kernels for it: " + "; ".join(f"{name} {reason}" for name, reason in missing.items())
     return None
 
 
-def _in_words(conflict: Conflict) -> str:
-    return f"{conflict.reason} ({conflict.remedy})"
+def fp8_conflicts(config: ServerConfig, shape: ModelShape) -> Iterator[Conflict]:
+    """Sizes and cuts that keep this layout of the model from computing in FP8."""
+    yield from block_conflicts(config, shape, Topology.from_config(config))
+    yield from fp8_weight_conflicts(config, shape)
 
 
 def _reasons(dtype: DTypeName, hardware: Hardware) -> dict[Name, str]:

@@ -87,7 +87,7 @@ def _candidates(inputs: MemoryInputs, plan: MemoryPlan) -> Iterator[Candidate]:
 
 def _format_candidates(inputs: MemoryInputs) -> Iterator[Candidate]:
     """Smaller numbers, where there are kernels for them."""
-    if inputs.config.device == "cuda" and inputs.model.fp8_block is not None and not inputs.fp8:
+    if inputs.config.device == "cuda" and inputs.model.fp8_block is not None and inputs.fp8_fits and not inputs.fp8:
         yield "--quantization fp8", replace(inputs, fp8=FP8_KINDS)
     if inputs.config.kv_dtype != "float8_e4m3fn":
         yield "--kv-cache-dtype fp8_e4m3", _with(inputs, kv_dtype="float8_e4m3fn")

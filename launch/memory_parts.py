@@ -49,9 +49,9 @@ class MemoryInputs:
     """`num_slots`: expert slots of a layer, on all ranks. `experts_move`: weights are exchanged while serving.
 
     `fp8`: kinds whose FP8 matrices stay as stored, with their scales, rather than in `config.dtype` (kv_b_proj never does; routed
-    experts are filled up to whole blocks). `communication`: the buffers that the all-to-all backend keeps. `graph_batch_sizes`:
-    tokens per rank of the graphs that are captured. `host_kv_gb`: the most host memory for the KV of retracted requests, in 1e9
-    bytes; None: the default, or half of what there is.
+    experts are filled up to whole blocks); `fp8_fits`: sizes and layout allow it. `communication`: the buffers that the all-to-all
+    backend keeps. `graph_batch_sizes`: tokens per rank of the graphs that are captured. `host_kv_gb`: the most host memory for the
+    KV of retracted requests, in 1e9 bytes; None: the default, or half of what there is.
     """
 
     model: ModelConfig
@@ -60,6 +60,7 @@ class MemoryInputs:
     num_slots: int
     experts_move: bool = False
     fp8: frozenset[Kind] = frozenset()
+    fp8_fits: bool = True
     communication: BufferSizes = no_buffers
     graph_batch_sizes: tuple[int, ...] = ()
     host_kv_gb: float | None = 0.0

@@ -21,6 +21,7 @@ from moesaic.launch.engine.memory import DeviceMemory, measure_memory, sharers
 from moesaic.launch.engine.rank_spec import RoleSpec
 from moesaic.launch.errors import ConfigError
 from moesaic.launch.expert_placement import ExpertPlan, placement_conflicts, plan_experts
+from moesaic.launch.fp8_choice import fp8_conflicts
 from moesaic.launch.gpus import query_gpus
 from moesaic.launch.hardware import detect_hardware
 from moesaic.launch.memory_advice import refuse_memory
@@ -80,7 +81,8 @@ def make_plan(config: ServerConfig) -> Plan:
     refuse(placement_conflicts(config, shape, resolution.topology))
     experts = plan_experts(config, model, resolution.topology)
     overlap = plan_overlap(config, resolution.config, model, resolution.topology)
-    memory = _fitting_memory(model, resolution, experts, asked_host_kv_gb(config))
+    fp8_fits = not any(fp8_conflicts(config, shape))
+    memory = _fitting_memory(model, resolution, experts, asked_host_kv_gb(config), fp8_fits=fp8_fits)
     choices = (*resolution.choices, experts.choice(), *overlap.choices, memory_choice(memory))
     resolution = replace(resolution, choices=choices)
     generation = _generation_config(Path(config.model_path))
@@ -98,7 +100,9 @@ def make_plan(config: ServerConfig) -> Plan:
     )
 
 
-def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertPlan, host_gb: float | None) -> MemoryPlan:
+def _fitting_memory(
+    model: ModelConfig, resolution: Resolution, experts: ExpertPlan, host_gb: float | None, *, fp8_fits: bool
+) -> MemoryPlan:
     """Raises ConfigError for what can't fit."""
     location = experts.slots.location
     num_slots = model.n_routed_experts if location is None else location.num_slots
@@ -110,6 +114,7 @@ def _fitting_memory(model: ModelConfig, resolution: Resolution, experts: ExpertP
         experts_move=experts.slots.movable,
         graph_batch_sizes=resolution.config.cuda_graph_rows,
         fp8=FP8_KINDS if resolution.config.fp8_weights else frozenset(),
+        fp8_fits=fp8_fits,
         communication=partial(deepep_memory, model, num_slots),
         host_kv_gb=host_gb,
     )

@@ -68,6 +68,7 @@ def test_every_kernel_has_a_quick_case_and_bytes_to_move(benchmark: ModuleType) 
 
 def test_each_case_agrees_with_its_reference_and_its_peers_run(benchmark: ModuleType) -> None:
     import h200_attention_cases as attention
+    import h200_dense_cases as dense
     import h200_expert_cases as experts
     import h200_product_cases as products
     import h200_row_cases as rows
@@ -86,6 +87,7 @@ def test_each_case_agrees_with_its_reference_and_its_peers_run(benchmark: Module
         steps._peers(3),
         experts._experts(1, 3, masked=True),
         experts._experts(1, 3, masked=False),
+        dense._product(3, "a product", 72, 144),
     ]
     for case in small:
         ready = case.make()

@@ -358,6 +358,8 @@ def test_what_does_not_fit_is_refused_with_what_each_flag_frees(
 
     message = str(caught.value)
     assert all(text in message for text in wanted), message
+    no_fp8 = replace(inputs, fp8_fits=False)
+    assert not [words for words in advice(no_fp8, plan_memory(no_fp8, plan.memory)) if "--quantization" in words]
 
 
 def test_a_larger_share_is_proposed_where_the_pool_is_too_small_and_memory_is_left() -> None:
