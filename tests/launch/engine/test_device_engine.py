@@ -40,12 +40,12 @@ def on_cpu(settings: EngineSettings) -> EngineSettings:
     return replace(settings, device="cpu", expert_backends=("torch",), graph_rows=())
 
 
-def check_waits(run: DeviceRun, *, graphed: bool = False) -> None:
-    """One in each decode step: where the results are read."""
+def check_waits(run: DeviceRun, *, graphed: bool = False, thread: str = "MainThread") -> None:
+    """One in each decode step: where the results are brought in, not where forwards run, so that the next one is under way."""
     found = [waits for replays, waits in run.decode_waits if replays == graphed]
     assert found, "no decode step was seen"
     for waits in found:
-        assert len(waits) == 1 and "download: stream" in waits[0], waits
+        assert len(waits) == 1 and "result: event" in waits[0] and f"[{thread}]" in waits[0], waits
 
 
 def test_greedy_tokens_are_the_oracles_and_a_decode_step_waits_once(tiny: Tiny) -> None:
@@ -82,7 +82,7 @@ def test_sampling_penalties_and_logprobs_do_not_wait_more_often(tiny: Tiny) -> N
     for got, want in zip(run.finished[0].logprobs, wanted[0].logprobs, strict=True):
         assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
         assert [token for token, _ in got.top] == [token for token, _ in want.top]
-    check_waits(run)
+    check_waits(run, thread="forward")  # the next step's penalties count its tokens
 
 
 @pytest.mark.whole
