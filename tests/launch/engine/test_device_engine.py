@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import interpreter
+import numpy as np
 import pytest
 from device_standin import DeviceRun, device_job, run_on_device
 from engine_jobs import EngineSettings, engine_job, greedy_request, make_engine, run_waves
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
+from moesaic.eplb.location import ExpertLocation
+from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
 
 pytestmark = pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: no stand-in is needed")
@@ -126,3 +129,29 @@ def test_low_latency_exchanges_do_not_wait(tiny: Tiny, rank_pool: RankPool, a2a:
     for run, wanted in zip(runs, expected, strict=True):
         assert {rid: each.tokens for rid, each in run.finished.items()} == {rid: each.tokens for rid, each in wanted.items()}
         check_waits(run, graphed=graphs)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("choice", ["balanced", "activated"])
+def test_captured_steps_choose_replicas_without_a_wait(choice: str, tiny: Tiny, rank_pool: RankPool) -> None:
+    """By the counts of both ranks, which a replay gathers in every layer."""
+    model = tiny("plain", **{**SMALL, "hidden_size": 2048, "moe_intermediate_size": 16, "intermediate_size": 32})
+    location = ExpertLocation(physical_to_logical=np.array([[0, 1, 2, 3, 3, 2, 1, 0]]), num_experts=4, ep_size=2)
+    settings = settings_of(
+        model,
+        tp=2,
+        dp=2,
+        a2a="deepep",
+        mode="low_latency",
+        cap=32,
+        chunk_tokens=32,
+        graph_rows=(2,),
+        graphs=CudaGraphs,
+        slots=SlotOptions(location=location, replica_choice=choice),
+    )
+    requests = [greedy_request(i, prompt, 4) for i, prompt in enumerate(PROMPTS)]
+    runs = rank_pool.run(2, device_job, settings, requests)
+    expected = rank_pool.run(2, engine_job, on_cpu(settings), [requests])
+    for run, wanted in zip(runs, expected, strict=True):
+        assert {rid: each.tokens for rid, each in run.finished.items()} == {rid: each.tokens for rid, each in wanted.items()}
+        check_waits(run, graphed=True)
