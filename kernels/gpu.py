@@ -1,7 +1,7 @@
 """Whether the Triton kernels compute on a tensor. Knows the device and one switch; imports no Triton.
 
 A front function that gets True imports its kernel from kernels/triton/; the import fails by name where Triton is missing. What the
-CPU makes for a device goes there by `upload`, and what it wants to know comes back by `download`: nothing else of a step waits.
+CPU makes for a device goes there by `upload`, and what it wants to know comes back by `Download`: nothing else of a step waits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,22 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if values.numel() else values.new_empty(values.shape, device=device)
 
 
-def download(*values: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one device -> the same on the CPU, after one wait for all that the current stream has been given."""
-    if not values or values[0].device.type != "cuda":
-        return values
-    from torch.cuda import current_stream
+class Download:
+    """Tensors on their way from a device to the CPU."""
 
-    copies = tuple(value.to("cpu", non_blocking=True) for value in values)  # into pinned memory: torch sees to it
-    current_stream(values[0].device).synchronize()
-    return copies
+    def __init__(self, device: torch.device, *values: Tensor) -> None:
+        """Begins, and waits for nothing. `values` are on the device."""
+        self._copies = values
+        self._arrived: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            from torch.cuda import Event, current_stream
+
+            self._copies = tuple(value.to("cpu", non_blocking=True) for value in values)  # into pinned memory: torch sees to it
+            self._arrived = Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(current_stream(device))
+
+    def result(self) -> tuple[Tensor, ...]:
+        """The copies, after one wait for all that the stream had been given when they began, and for nothing that came later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copies

@@ -139,7 +139,7 @@ class TimedStep:
         self._runner.forward(inputs, split=self._halves(inputs) if split else None)
         if inputs.input_ids.is_cuda:
             torch.cuda.synchronize()
-        self._runner.verify(waited=True)
+        self._runner.verify()
         return time.perf_counter() - begun
 
     def _halves(self, inputs: ForwardInput) -> ForwardSplit:

@@ -1,4 +1,4 @@
-"""Many tensors from the CPU to a device in one copy that nobody waits for. Knows no steps; `kernels.gpu.download` is the way back.
+"""Many tensors from the CPU to a device in one copy that nobody waits for. Knows no steps; `kernels.gpu.Download` is the way back.
 
 What a step needs is made on the CPU by the thread that schedules, while a forward runs. A copy out of ordinary memory would wait
 for that forward; one out of pinned memory takes its turn behind it. Each copy has pinned memory of its own, which torch's allocator

@@ -217,13 +217,10 @@ class ModelRunner:
             self._model.exchange.leave()
         return logits
 
-    def verify(self, *, waited: bool) -> None:
-        """After a forward: raises if a rank was given up on in it. `waited`: the CPU has waited for the device since."""
-        if self._model.exchange is None:
-            return
-        if not waited and self.config.device != "cpu":
-            torch.cuda.current_stream(torch.device(self.config.device)).synchronize()
-        self._model.exchange.verify()
+    def verify(self) -> None:
+        """Once the device has been waited for after a forward: raises if a rank was given up on in it. Any thread."""
+        if self._model.exchange is not None:
+            self._model.exchange.verify()
 
     def _enter(self, mode: DispatchMode) -> None:
         """Before a forward, and outside of what is captured."""

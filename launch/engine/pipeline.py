@@ -19,14 +19,14 @@ from moesaic.launch.engine.forward_worker import ForwardWorker, Pending
 from moesaic.launch.engine.plan import Launch
 from moesaic.launch.engine.profiling import Profiling
 from moesaic.launch.engine.results import Results
-from moesaic.launch.engine.step_job import StepJob, StepOutcome, StepRunner
+from moesaic.launch.engine.step_job import Finish, StepJob, StepRunner
 
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
     launch: Launch
     job: StepJob
-    pending: Pending[StepOutcome]
+    pending: Pending[Finish]
 
 
 class Pipeline:
@@ -73,7 +73,9 @@ class Pipeline:
 
     def _bring_in(self, step: _UnderWay) -> None:
         self._activity.wait_for_forward()
-        outcome = step.pending.result()
+        finish = step.pending.result()
+        self._activity.enter("wait for the device")
+        outcome = finish()
         self._activity.enter("exchange of failures")
         failure = self._runner.failure_of(outcome)
         self._activity.enter("results")

@@ -60,7 +60,7 @@ def _step_seconds(runner: ModelRunner, batch: SyntheticBatch, rules: StepRules) 
     runner.forward(inputs)
     if inputs.input_ids.is_cuda:
         torch.cuda.synchronize()
-    runner.verify(waited=True)
+    runner.verify()
     return time.perf_counter() - begun
 
 

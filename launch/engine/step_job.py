@@ -2,20 +2,25 @@
 
 Jobs run in the order of their launch. A job may be made before the one in front of it has run: the tokens that one samples are the
 inputs of this one's decode rows, and what penalties count. They are handed on here, from job to job, without the scheduler.
+
+A job gives the device its work and does not wait for it: whoever wants the outcome does. So a device never stands still between two
+steps, unless penalties count the tokens of the first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moesaic.eplb.forward_mode import ForwardMode
-from moesaic.kernels.gpu import download
+from moesaic.kernels.gpu import Download
 from moesaic.launch.engine.activity import Activity
 from moesaic.launch.engine.device_copies import to_device
 from moesaic.launch.engine.failure_exchange import FailureExchange, Verdict
@@ -88,6 +93,9 @@ class StepOutcome:
     prompt_logprobs: tuple[RowLogprobs, ...] = ()
 
 
+Finish = Callable[[], StepOutcome]
+"""Waits for the device, and says what came of a step. To be called once for every step, in their order, from any thread."""
+
 _NO_ROWS: Int64Array = np.empty(0, dtype=np.int64)
 
 
@@ -104,7 +112,7 @@ class StepRunner:
         """Zero the KV of pages int64 [P]. No job is under way."""
         self._runner.clear_pages(pages)
 
-    def run(self, job: StepJob) -> StepOutcome:
+    def run(self, job: StepJob) -> Finish:
         """Collective. Raises whatever can't be confined to the step."""
         self._activity.enter_forward(f"forward ({job.inputs.plan.mode.value} dispatch)", job.step)
         self._runner.timeline = job.timeline
@@ -119,7 +127,7 @@ class StepRunner:
         rank, code = failed
         return self._runner.model.failure_codes.error(code, rank)
 
-    def _run(self, job: StepJob) -> StepOutcome:
+    def _run(self, job: StepJob) -> Finish:
         if len(job.spoiled_pages):
             self._runner.clear_pages(job.spoiled_pages)
         if job.restoration is not None:
@@ -140,12 +148,12 @@ class StepRunner:
         verdict = self._failures.post(0 if failure is None else self._runner.model.failure_codes.code(failure))
         if logits is None:
             logger.error("step %d: %s", job.step, failure, exc_info=failure)
-            return StepOutcome(verdict=verdict, failure=failure, tokens=_NO_ROWS, bad_rows=_NO_ROWS)
+            return partial(StepOutcome, verdict=verdict, failure=failure, tokens=_NO_ROWS, bad_rows=_NO_ROWS)
         self._activity.enter_forward("sampling", job.step)
         return self._sampled(job, logits, verdict)
 
-    def _sampled(self, job: StepJob, logits: Tensor, verdict: Verdict) -> StepOutcome:
-        """All that the CPU wants to know of a step is read at once: the one time that it waits for the device."""
+    def _sampled(self, job: StepJob, logits: Tensor, verdict: Verdict) -> Finish:
+        """All that the CPU wants to know of a step is asked for at once."""
         num_rows = len(job.sampled_slots)
         results: list[Tensor] = []
         wanted = [each.compute(logits) for each in job.prompt_logprobs]
@@ -156,13 +164,22 @@ class StepRunner:
             results += [tokens, is_finite]
             if job.sampled_logprobs is not None:
                 wanted.append(job.sampled_logprobs.compute(rows, tokens))
-        read = iter(download(*results, *(tensor for each in wanted for tensor in each.tensors)))
+        arriving = Download(logits.device, *results, *(tensor for each in wanted for tensor in each.tensors))
+        finish = partial(self._outcome, job, verdict, arriving, wanted)
+        if not job.sampling.penalised:
+            return finish
+        outcome = finish()  # the next step's penalties count these tokens
+        return lambda: outcome
+
+    def _outcome(self, job: StepJob, verdict: Verdict, arriving: Download, wanted: list[RowLogprobs]) -> StepOutcome:
+        """The one time that the CPU waits for the device."""
+        arrived = iter(arriving.result())
+        self._runner.verify()
         chosen, bad_rows = _NO_ROWS, _NO_ROWS
-        if num_rows:
-            chosen, bad_rows = next(read).numpy(), np.flatnonzero(~next(read).numpy())
+        if len(job.sampled_slots):
+            chosen, bad_rows = next(arrived).numpy(), np.flatnonzero(~next(arrived).numpy())
             job.sampling.record(chosen)
-        logprobs = [each.of(read) for each in wanted]
-        self._runner.verify(waited=bool(results or wanted))
+        logprobs = [each.of(arrived) for each in wanted]
         return StepOutcome(
             verdict=verdict,
             tokens=chosen,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from device_standin import installed
 
 from moesaic.eplb.location import BadLocation, ExpertLocation
 from moesaic.eplb.replica_choice import BatchChoice
-from moesaic.kernels import balanced_choice as kernel
-from moesaic.moe import balanced_choice
+from moesaic.launch.engine.cuda_graphs import CudaGraphs
 from moesaic.moe.balanced_choice import DeviceBatchChoice
 
 RANKS, LAYERS, EXPERTS, SLOTS = 4, 2, 10, 16
@@ -45,25 +43,26 @@ def test_it_chooses_as_eplb_does_also_after_experts_have_moved(*, by_activated: 
                 one.set_layer(1, _slots(17))
 
 
-def test_what_a_graph_has_captured_sees_where_experts_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: no stand-in is needed")
+@pytest.mark.parametrize("by_activated", [False, True], ids=["balanced", "activated"])
+def test_what_a_graph_has_captured_sees_where_experts_have_moved(*, by_activated: bool) -> None:
     """A replay runs the same kernels on the same addresses, whatever happened in Python since."""
     location = ExpertLocation(physical_to_logical=_slots(0)[None], num_experts=EXPERTS, ep_size=RANKS)
-    ids = torch.randint(-1, EXPERTS, (20, 3), generator=torch.Generator().manual_seed(4))
-    calls: list[Callable[[], Tensor]] = []
+    chosen = torch.randint(-1, EXPERTS, (20, 3), generator=torch.Generator().manual_seed(4))
+    options: dict[str, Any] = {"rank": 0, "gather_counts": lambda own: own[None], "by_activated": by_activated}
+    known = BatchChoice(location, **options)
+    with installed():
+        ids = chosen.to("cuda:0")
+        choice = DeviceBatchChoice(location, device="cuda:0", **options)
+        replay = CudaGraphs().capture(lambda: choice.select(0, ids))
+        before = replay().cpu()
+        choice.set_layer(0, _slots(17))
+        after = replay().cpu()
 
-    def capture(*arguments: Any, **options: Any) -> Tensor:
-        calls.append(partial(kernel.choose_balanced, *arguments, **options))
-        return calls[-1]()
-
-    monkeypatch.setattr(balanced_choice, "choose_balanced", capture)
-    choice = DeviceBatchChoice(location, rank=0, gather_counts=lambda own: own[None], device="cpu")
-    before = choice.select(0, ids)
-    replay = calls[-1]
-
-    choice.set_layer(0, _slots(17))
-
-    assert torch.equal(replay(), choice.select(0, ids))
-    assert not torch.equal(replay(), before)
+    assert torch.equal(before, known.select(0, chosen))
+    known.set_layer(0, _slots(17))
+    assert torch.equal(after, known.select(0, chosen))
+    assert not torch.equal(after, before)
 
 
 def test_more_replicas_than_a_table_holds_are_used_in_part_and_said(caplog: pytest.LogCaptureFixture) -> None:

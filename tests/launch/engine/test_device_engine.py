@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import interpreter
+import numpy as np
 import pytest
 from device_standin import DeviceRun, device_job, run_on_device
 from engine_jobs import EngineSettings, engine_job, greedy_request, make_engine, run_waves
 from rank_pool import RankPool
 from tiny_models import TinyModel
 
+from moesaic.eplb.location import ExpertLocation
+from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
 
 pytestmark = pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: no stand-in is needed")
@@ -40,12 +43,12 @@ def on_cpu(settings: EngineSettings) -> EngineSettings:
     return replace(settings, device="cpu", expert_backends=("torch",), graph_rows=())
 
 
-def check_waits(run: DeviceRun, *, graphed: bool = False) -> None:
-    """One in each decode step: where the results are read."""
+def check_waits(run: DeviceRun, *, graphed: bool = False, thread: str = "MainThread") -> None:
+    """One in each decode step: where the results are brought in, not where forwards run, so that the next one is under way."""
     found = [waits for replays, waits in run.decode_waits if replays == graphed]
     assert found, "no decode step was seen"
     for waits in found:
-        assert len(waits) == 1 and "download: stream" in waits[0], waits
+        assert len(waits) == 1 and "result: event" in waits[0] and f"[{thread}]" in waits[0], waits
 
 
 def test_greedy_tokens_are_the_oracles_and_a_decode_step_waits_once(tiny: Tiny) -> None:
@@ -82,7 +85,7 @@ def test_sampling_penalties_and_logprobs_do_not_wait_more_often(tiny: Tiny) -> N
     for got, want in zip(run.finished[0].logprobs, wanted[0].logprobs, strict=True):
         assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
         assert [token for token, _ in got.top] == [token for token, _ in want.top]
-    check_waits(run)
+    check_waits(run, thread="forward")  # the next step's penalties count its tokens
 
 
 @pytest.mark.whole
@@ -126,3 +129,29 @@ def test_low_latency_exchanges_do_not_wait(tiny: Tiny, rank_pool: RankPool, a2a:
     for run, wanted in zip(runs, expected, strict=True):
         assert {rid: each.tokens for rid, each in run.finished.items()} == {rid: each.tokens for rid, each in wanted.items()}
         check_waits(run, graphed=graphs)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("choice", ["balanced", "activated"])
+def test_captured_steps_choose_replicas_without_a_wait(choice: str, tiny: Tiny, rank_pool: RankPool) -> None:
+    """By the counts of both ranks, which a replay gathers in every layer."""
+    model = tiny("plain", **{**SMALL, "hidden_size": 2048, "moe_intermediate_size": 16, "intermediate_size": 32})
+    location = ExpertLocation(physical_to_logical=np.array([[0, 1, 2, 3, 3, 2, 1, 0]]), num_experts=4, ep_size=2)
+    settings = settings_of(
+        model,
+        tp=2,
+        dp=2,
+        a2a="deepep",
+        mode="low_latency",
+        cap=32,
+        chunk_tokens=32,
+        graph_rows=(2,),
+        graphs=CudaGraphs,
+        slots=SlotOptions(location=location, replica_choice=choice),
+    )
+    requests = [greedy_request(i, prompt, 4) for i, prompt in enumerate(PROMPTS)]
+    runs = rank_pool.run(2, device_job, settings, requests)
+    expected = rank_pool.run(2, engine_job, on_cpu(settings), [requests])
+    for run, wanted in zip(runs, expected, strict=True):
+        assert {rid: each.tokens for rid, each in run.finished.items()} == {rid: each.tokens for rid, each in wanted.items()}
+        check_waits(run, graphed=True)
