@@ -29,6 +29,8 @@ from torch import Tensor
 DEADLINE_S = 500.0
 CALLS_IN_GRAPH, REPLAYS = 10, 15
 L2_BYTES = 50 * 2**20
+COPY_BYTES, PRODUCT_SIZE = 2**31, 8192
+"""What the ceilings are measured with: bytes copied, rows and columns of square matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +106,13 @@ def _run_all(cases: list[Case]) -> tuple[list[Result], Ceilings]:
 
 
 def measure_ceilings() -> Ceilings:
-    copy_us = _copy_us(2**31)
-    size = 8192
+    copy_us, size = _copy_us(COPY_BYTES), PRODUCT_SIZE
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     bf16_us = _time(lambda: a @ b.t(), captured=True)
     a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
     fp8_us = _time(lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), captured=True)
     flops = 2 * size**3
-    return Ceilings(copy=2 * 2**31 / copy_us * 1e6, bf16=flops / bf16_us * 1e6, fp8=flops / fp8_us * 1e6)
+    return Ceilings(copy=2 * COPY_BYTES / copy_us * 1e6, bf16=flops / bf16_us * 1e6, fp8=flops / fp8_us * 1e6)
 
 
 def _copy_us(num_bytes: int) -> float:

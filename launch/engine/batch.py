@@ -18,12 +18,14 @@ from moesaic.launch.engine.sequence import Int64Array, SequenceTable
 class Batch:
     """input_ids int64 [T], those of decode rows blank: their tokens may not be known yet (step_job.py fills them in).
 
-    logit_rows int64: the sampled rows in the plan's order, then the rows of prompt logprobs.
+    logit_rows int64: the sampled rows in the plan's order, then the rows of prompt logprobs; `host_logit_rows`: the same on the
+    CPU, which can be split by value without a wait for the device.
     """
 
     input_ids: Tensor
     metadata: AttentionMetadata
     logit_rows: Tensor
+    host_logit_rows: Tensor
     num_sampled: int
 
 
@@ -63,6 +65,7 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
         prompt_rows.append(np.arange(wanted.start, wanted.stop) - chunk.start + start)
         start += chunk.length
     sampled_rows = np.concatenate(sampled)
+    logit_rows = torch.from_numpy(np.concatenate([sampled_rows, *prompt_rows]))
     return Batch(
         input_ids=_tensor(ids, device),
         metadata=AttentionMetadata(
@@ -72,7 +75,8 @@ def build_batch(plan: Plan, table: SequenceTable, page_size: int, device: torch.
             buckets=decode_buckets(table.pages[slots], seq_lens, page_size, device, one=one_bucket),
             extends=tuple(extends),
         ),
-        logit_rows=_tensor([sampled_rows, *prompt_rows], device),
+        logit_rows=upload(logit_rows, device),
+        host_logit_rows=logit_rows,
         num_sampled=len(sampled_rows),
     )
 

@@ -10,7 +10,7 @@ goes out as soon as its forward is done. Whether a call leaves its step under wa
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ class RankEngine:
             mode=mode,
             num_tokens=sum(step.num_tokens),
             inputs=inputs,
-            split=self._split(inputs, step),
+            split=self._split(inputs, batch.host_logit_rows, step),
             graph=step.graph,
             decode_slots=upload(torch.from_numpy(plan.decode_slots), device),
             sampled_slots=upload(torch.from_numpy(launch.slots), device),
@@ -270,12 +270,13 @@ class RankEngine:
         )
         return launch, job
 
-    def _split(self, inputs: ForwardInput, step: Step) -> ForwardSplit | None:
-        """The two micro-batches that all ranks voted for."""
+    def _split(self, inputs: ForwardInput, host_logit_rows: Tensor, step: Step) -> ForwardSplit | None:
+        """The two micro-batches that all ranks voted for. Rows are told apart on the CPU, for a device would be waited for."""
         if step.split is None:
             return None
         cut = step.split.num_tokens[0][self._recording.dp_rank]
-        first, second = inputs.split(cut, step.split.plans, step.split.num_logits)
+        halves = replace(inputs, logit_rows=host_logit_rows).split(cut, step.split.plans, step.split.num_logits)
+        first, second = (replace(half, logit_rows=upload(half.logit_rows, self._device)) for half in halves)
         return ForwardSplit(first=first, second=second, extends=step.extends)
 
     def _observer(self, mode: ForwardMode) -> LoadObserver | None:
