@@ -65,7 +65,7 @@ def _split_buckets(buckets: tuple[DecodeBucket, ...], cut: int) -> tuple[tuple[D
 
 
 def _split_bucket(bucket: DecodeBucket, cut: int) -> tuple[DecodeBucket, DecodeBucket]:
-    """The padding stays. Named rows are selected by value, for which a device is waited for."""
+    """The padding stays. Named rows are selected by value, for which a device would be waited for (there no bucket names any)."""
     table, lens = bucket.page_table, bucket.seq_lens
     if bucket.rows is None:
         return (

@@ -18,6 +18,8 @@ CALLS, REPLAYS = 10, 15
 LONG_S, FEW = 0.02, 3
 """A call that takes longer is timed alone, and a few times only."""
 FLUSH_BYTES = 256 * 2**20
+COPY_BYTES, PRODUCT_SIZE = 2**31, 8192
+"""What the ceilings are measured with: bytes copied, rows and columns of square matrices."""
 MOST_SLEEP_S, CLOCK_HZ = 0.1, 2e9
 Call = Callable[[], object]
 
@@ -36,13 +38,13 @@ class Ceilings:
 
 def measure_ceilings() -> Ceilings:
     """On random data: a GPU multiplies zeros faster."""
-    size = 8192
+    size = PRODUCT_SIZE
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     bf16_us = warm_us(lambda: a @ b.t())
     a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
     fp8_us = warm_us(lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
     flops = 2 * size**3
-    return Ceilings(copy=2 * 2**31 / _copy_us(2**31) * 1e6, bf16=flops / bf16_us * 1e6, fp8=flops / fp8_us * 1e6)
+    return Ceilings(copy=2 * COPY_BYTES / _copy_us(COPY_BYTES) * 1e6, bf16=flops / bf16_us * 1e6, fp8=flops / fp8_us * 1e6)
 
 
 def _copy_us(num_bytes: int) -> float:

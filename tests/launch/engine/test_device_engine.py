@@ -17,6 +17,7 @@ from tiny_models import TinyModel
 from moesaic.eplb.location import ExpertLocation
 from moesaic.eplb.settings import SlotOptions
 from moesaic.launch.engine.cuda_graphs import CudaGraphs
+from moesaic.launch.engine.step import SplitThresholds
 
 pytestmark = pytest.mark.skipif(not interpreter.AVAILABLE, reason="there is a GPU: no stand-in is needed")
 Tiny = Callable[..., TinyModel]
@@ -65,7 +66,7 @@ def test_greedy_tokens_are_the_oracles_and_a_decode_step_waits_once(tiny: Tiny) 
 
 
 def test_sampling_penalties_and_logprobs_do_not_wait_more_often(tiny: Tiny) -> None:
-    """And give what they give on a CPU."""
+    """Nor do steps in two micro-batches. And all give what they give on a CPU."""
     model = tiny("plain", **SMALL)
     requests = [
         greedy_request(0, [5, 6, 7], 5, logprob_start_len=0, top_logprobs_num=2, return_logprob=True),
@@ -77,7 +78,7 @@ def test_sampling_penalties_and_logprobs_do_not_wait_more_often(tiny: Tiny) -> N
             sampling={"repetition_penalty": 1.3, "frequency_penalty": 0.2, "min_new_tokens": 2, "stop_token_ids": (7,)},
         ),
     ]
-    settings = settings_of(model)
+    settings = settings_of(model, split_from=SplitThresholds(decode=2))
     run, wanted = run_on_device(settings, [requests]), run_waves(make_engine(on_cpu(settings)), [requests])
     for rid, each in wanted.items():
         assert run.finished[rid].tokens == each.tokens

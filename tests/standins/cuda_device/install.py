@@ -19,6 +19,8 @@ from .guard import register_guard, set_current_device
 from .tensor import DeviceTensor, execute, on_device
 
 aten = torch.ops.aten
+NO_CUDA = "Torch not compiled with CUDA enabled"
+"""As torch says it, until it has been initialised."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,26 @@ def _is_pinned(self: Tensor, *_: Any) -> bool:
     return not isinstance(self, DeviceTensor) and copies.is_pinned(self)
 
 
+SIZED_FACTORIES = [
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.randperm.default,
+    aten.randperm.generator,
+    aten.eye.default,
+]
+"""Those that torch makes empty, to be resized by the kernel that fills them: a device tensor does not learn of that."""
+
+
+def _factory(function: Any) -> Callable[..., Tensor]:
+    def make(*arguments: Any, device: Any = None, **named: Any) -> Tensor:
+        assert _is_active, NO_CUDA
+        made: Tensor = execute(function, arguments, {**named, "device": device})
+        return made
+
+    return make
+
+
 @cache
 def _register_factories() -> Any:
     """For as long as the process lives: without the stand-in installed torch refuses the device before it comes so far."""
@@ -113,10 +135,12 @@ def _register_factories() -> Any:
         warnings.simplefilter("ignore")
         library.impl("empty.memory_format", empty, "CUDA")
         library.impl("empty_strided", empty_strided, "CUDA")
+        for function in SIZED_FACTORIES:
+            library.impl(function.name().removeprefix("aten::"), _factory(function), "CUDA")
         library.impl("copy_", copy_, "CUDA")  # torch.tensor copies below the key of subclasses
     return library
 
 
 def _given(*, dtype: torch.dtype | None, device: Any) -> dict[str, Any]:
-    assert _is_active, "Torch not compiled with CUDA enabled"  # as torch says it, before it is initialised
+    assert _is_active, NO_CUDA
     return {"dtype": dtype or torch.get_default_dtype(), "device": device}

@@ -131,6 +131,10 @@ def _with_identity(function: Any, arguments: tuple[Any, ...], named: dict[str, A
     returns = [each.alias_info for each in schema.returns]
     if written and returns and returns[0] is not None and returns[0].is_write:
         same = [written[next(iter(info.before_set))] for info in returns]
+        if torch.Tag.inplace_view in function.tags:
+            with torch._C._DisableTorchDispatch():
+                function(*arguments, **named)  # the same of sizes and strides alone
+        assert all(each.shape == each.inner.shape for each in same if isinstance(each, DeviceTensor)), f"{function} resized"
         return same[0] if len(same) == 1 else tuple(same)
     return tree_map_only(Tensor, lambda tensor: DeviceTensor(tensor, device), result)
 
