@@ -38,8 +38,7 @@ def _call_on_device(self: Any, *arguments: Any, **named: Any) -> Any:
 
     if graphs.is_capturing():
         graphs.add(run)
-    else:
-        run()
+    run()  # also in a capture: what follows may index with what this gives, and rubbish is no index
     return None
 
 
