@@ -71,7 +71,7 @@ def _settings(model: TinyModel, device: str, **options: Any) -> EngineSettings:
         page_size=64,
         num_pages=32,
         max_running=8,
-        cap=64,
+        cap=128,
         **{"staged": True, **options},
     )
 
