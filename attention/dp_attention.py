@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed all_gather_into_tensor; earlier releases know only the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from moesaic.kernels.torch_names import all_gather_single
 
 
 class Communications(Protocol):
@@ -41,7 +40,7 @@ def all_gather_rows(
     """Equal [T, ...] of each of `size` ranks -> [size * T, ...] in rank order. `name`: of the communication."""
     gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
     rows = rows.contiguous()
-    communications.post(name, _all_gather(gathered, rows, group=group, async_op=True), rows).wait()
+    communications.post(name, all_gather_single(gathered, rows, group=group, async_op=True), rows).wait()
     return gathered
 
 

@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.kernels.torch_names import all_gather_single
 from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.config import ExpertPlacement
 from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ArrangedPart, ExpertLayout, arrange, part_of, weighted
 from moesaic.moe.token_bytes import pack_tokens, pad_rows, unpack_tokens
-
-# torch 2.13 renamed all_gather_into_tensor; earlier releases know only the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(kw_only=True)
@@ -73,7 +71,7 @@ class AllGatherDispatcher:
         if self._dp_size > 1 and plan.max_tokens:
             packed = pad_rows(pack_tokens(hidden, topk.ids, topk.weights), plan.max_tokens)
             handle.gathered = packed.new_empty(self._dp_size * plan.max_tokens, packed.shape[1])
-            work = _all_gather(handle.gathered, packed, group=self._dp_group, async_op=True)
+            work = all_gather_single(handle.gathered, packed, group=self._dp_group, async_op=True)
             handle.work = self._communications.post("dispatch", work, packed)
         return handle
 

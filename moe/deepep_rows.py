@@ -36,7 +36,7 @@ def arrange_received(
     values, scales = delivered
     arranged = arrange(values.view(torch.uint8), local_ids, layout)  # rows are copied whatever they mean
     hidden = arranged.rows.hidden
-    rows = to_rows(scales, arranged.row_map).view(*hidden.shape[:-1], scales.shape[1])
+    rows = to_rows(scales, arranged.row_map, zero_padding=False).view(*hidden.shape[:-1], scales.shape[1])
     return arranged, replace(arranged.rows, hidden=hidden.view(FP8), scales=rows)
 
 

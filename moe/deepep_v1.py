@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.quant import quantize_per_token
+from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape, recommended_combine, recommended_dispatch
 from moesaic.moe.deepep_library import DeepEPError, explained, load
 from moesaic.moe.deepep_memory import DEFAULT_QP_DEPTH, plan_buffers
@@ -30,6 +31,7 @@ from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
+from moesaic.moe.message import Message, behind
 
 _QP_DEPTH = "NVSHMEM_QP_DEPTH"
 
@@ -44,7 +46,7 @@ class DeepEPBuffer:
         library = load("deepep")
         self.settings = settings
         self.shape = shape
-        self._device = device
+        self.device = device
         self._capture: Callable[[], Any] = library.Buffer.capture
         plan = plan_buffers("deepep", settings, shape)
         if plan.qp_depth:
@@ -84,7 +86,7 @@ class DeepEPBuffer:
         """Call a receive hook. On a CPU whom it has not heard from is known at once; on a GPU `verify` asks at the step's end."""
         with explained(doing):
             hook()
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             self.leave()
             self.verify(doing)
 
@@ -107,7 +109,7 @@ class DeepEPBuffer:
 class DeepEPHandle:
     """A dispatch: as it was asked for, then what the library needs for the way back.
 
-    num_tokens: of all ranks. sent: rows that the library may still be reading. wait: completes what is under way.
+    num_tokens: of all ranks. sent: rows that the library may still be reading. work: what is under way.
     """
 
     mode: DispatchMode
@@ -119,7 +121,7 @@ class DeepEPHandle:
     library: Any = None
     rows: Any = None
     counts: Tensor | None = None
-    wait: Callable[[], None] | None = None
+    work: Waitable | None = None
     arranged: Arranged | None = None
     weights: Tensor | None = None
     combined: Tensor | None = None
@@ -128,11 +130,13 @@ class DeepEPHandle:
 class DeepEPDispatcher:
     """One layer's dispatcher over the model's buffer. fp8_rows: what travels as FP8 reaches the experts so."""
 
-    def __init__(self, buffer: DeepEPBuffer, *, alignment: int, fp8_rows: bool = False) -> None:
+    def __init__(self, buffer: DeepEPBuffer, *, communications: Communications, alignment: int, fp8_rows: bool = False) -> None:
         self._buffer = buffer
+        self._communications = communications
         self._alignment = alignment
         self._rows_dtype = torch.float8_e4m3fn if fp8_rows else None
         self._fp8 = buffer.settings.fp8
+        self.device = buffer.device
 
     def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> DeepEPHandle:
         rows = hidden.to(torch.bfloat16).contiguous()
@@ -155,7 +159,7 @@ class DeepEPDispatcher:
 
     def dispatch_b(self, handle: DeepEPHandle) -> Received[DeepEPHandle]:
         if handle.mode is DispatchMode.LOW_LATENCY:
-            self._buffer.receive(_taken(handle), "receive a dispatch")
+            _wait(handle)
             assert handle.counts is not None, "dispatch_b comes after dispatch_a"
             expected = -(-handle.num_tokens * handle.topk.ids.shape[1] // self._buffer.shape.num_slots)
             rows = as_masked(handle.rows, handle.counts, self._rows_dtype or handle.hidden.dtype, expected)
@@ -174,9 +178,10 @@ class DeepEPDispatcher:
         if handle.mode is DispatchMode.LOW_LATENCY:
             outputs = expert_rows.to(torch.bfloat16).contiguous()
             with explained("send a combine"):
-                handle.combined, _, handle.wait = self._buffer.library.low_latency_combine(
+                handle.combined, _, hook = self._buffer.library.low_latency_combine(
                     outputs, handle.topk.ids, handle.topk.weights, handle.library, return_recv_hook=True
                 )
+            handle.work = self._post_hook("combine", hook, outputs)
             return handle
         assert handle.arranged is not None and handle.weights is not None, "combine comes after dispatch"
         sums = weighted(expert_rows, handle.arranged.row_map, handle.weights).to(torch.bfloat16).contiguous()
@@ -189,27 +194,51 @@ class DeepEPDispatcher:
                 async_finish=True,
                 allocate_on_comm_stream=True,
             )
-        handle.sent, handle.wait = sums, event.current_stream_wait
+        handle.sent = sums
+        message = Message(_explained(event.current_stream_wait, "receive a combine"), self.device, event.current_stream_wait)
+        handle.work = self._communications.mark("combine", message, sums)
         return handle
 
     def combine_b(self, handle: DeepEPHandle) -> Tensor:
-        if handle.mode is DispatchMode.LOW_LATENCY:
-            self._buffer.receive(_taken(handle), "receive a combine")
-        else:
-            with explained("receive a combine"):
-                _taken(handle)()
+        _wait(handle)
         assert handle.combined is not None, "combine_b comes after combine_a"
         return handle.combined.to(handle.hidden.dtype)
 
     def _send_fixed(self, handle: DeepEPHandle, rows: Tensor) -> None:
         settings, shape = self._buffer.settings, self._buffer.shape
         with explained("send a dispatch"):
-            handle.rows, handle.counts, handle.library, _, handle.wait = self._buffer.library.low_latency_dispatch(
+            handle.rows, handle.counts, handle.library, _, hook = self._buffer.library.low_latency_dispatch(
                 rows, handle.topk.ids, settings.max_tokens_per_rank, shape.num_slots, use_fp8=self._fp8, return_recv_hook=True
             )
+        handle.work = self._post_hook("dispatch", hook, rows)
+
+    def _post_hook(self, name: str, hook: Callable[[], None], sent: Tensor) -> Waitable:
+        message = Message(lambda: self._buffer.receive(hook, f"receive a {name}"), self.device)
+        return self._communications.mark(name, message, sent)
 
     def _receive_counted(self, handle: DeepEPHandle) -> tuple[Any, Tensor, Tensor]:
-        """The rows (or FP8 rows and scales) that came to this rank, local ids int64 [M, K] (-1: elsewhere), weights fp32 [M, K]."""
+        """The rows (or FP8 rows and scales) that came to this rank, local ids int64 [M, K] (-1: elsewhere), weights fp32 [M, K].
+
+        They leave when their counts are there, which were begun in dispatch_a.
+        """
+        received: list[tuple[Any, Tensor, Tensor]] = []
+
+        def receive() -> None:
+            rows, event = self._dispatch_counted(handle)
+            message.arrived = event.current_stream_wait
+            with explained("receive a dispatch"):
+                event.current_stream_wait()
+            received.append(rows)
+
+        message = Message(receive, self.device)
+        sent = handle.sent[0] if isinstance(handle.sent, tuple) else handle.sent
+        with behind(handle.layout[-1].current_stream_wait, self.device):
+            pending = self._communications.mark("dispatch", message, sent)
+        pending.wait()
+        return received[0]
+
+    def _dispatch_counted(self, handle: DeepEPHandle) -> tuple[tuple[Any, Tensor, Tensor], Any]:
+        """The library's call, in which the CPU waits: what will have been received after the event."""
         per_rank, per_node, per_expert, in_rank, counted = handle.layout
         with explained("dispatch"):
             received, ids, weights, _, handle.library, event = self._buffer.library.dispatch(
@@ -226,14 +255,21 @@ class DeepEPDispatcher:
                 async_finish=True,
                 allocate_on_comm_stream=True,
             )
-            event.current_stream_wait()
-        return received, ids, weights
+        return (received, ids, weights), event
 
 
-def _taken(handle: DeepEPHandle) -> Callable[[], None]:
-    wait, handle.wait = handle.wait, None
-    assert wait is not None, "nothing is under way"
-    return wait
+def _wait(handle: DeepEPHandle) -> None:
+    work, handle.work = handle.work, None
+    assert work is not None, "nothing is under way"
+    work.wait()
+
+
+def _explained(wait: Callable[[], None], doing: str) -> Callable[[], None]:
+    def told() -> None:
+        with explained(doing):
+            wait()
+
+    return told
 
 
 def _tuning(library: Any, settings: DeepEPSettings, num_ranks: int) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.quant import quantize_per_token
+from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_library import DeepEPError, explained, load
 from moesaic.moe.deepep_rows import arrange_received
@@ -27,6 +28,7 @@ from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import DispatchPlan, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
 from moesaic.moe.layouts import Arranged, ExpertLayout, weighted
+from moesaic.moe.message import Message, behind
 
 
 class ElasticDeepEPBuffer:
@@ -39,6 +41,7 @@ class ElasticDeepEPBuffer:
         library = load("deepep_v2")
         self.settings = settings
         self.shape = shape
+        self.device = device
         self.num_sms = 0 if settings.dispatch is None else settings.dispatch.num_sms
         self._capture: Callable[[], Any] = library.ElasticBuffer.capture
         normal, fixed = settings.max_normal_tokens_per_rank, settings.max_tokens_per_rank
@@ -72,7 +75,7 @@ class ElasticDeepEPBuffer:
 
 @dataclass(kw_only=True)
 class ElasticHandle:
-    """A dispatch: as it was asked for, then what the library needs for the way back. event: what is under way.
+    """A dispatch: as it was asked for, then what the library needs for the way back. work: what is under way.
 
     sent: rows that the library may still be reading. ready: an event after which they are there.
     """
@@ -84,7 +87,7 @@ class ElasticHandle:
     ready: Any
     received: tuple[Any, Tensor, Tensor] | None = None
     library: Any = None
-    event: Any = None
+    work: Waitable | None = None
     arranged: Arranged | None = None
     weights: Tensor | None = None
     combined: Tensor | None = None
@@ -93,8 +96,11 @@ class ElasticHandle:
 class ElasticDeepEPDispatcher:
     """One layer's dispatcher over the model's buffer. fp8_rows: what travels as FP8 reaches the experts so."""
 
-    def __init__(self, buffer: ElasticDeepEPBuffer, *, alignment: int, fp8_rows: bool = False) -> None:
+    def __init__(
+        self, buffer: ElasticDeepEPBuffer, *, communications: Communications, alignment: int, fp8_rows: bool = False
+    ) -> None:
         self._buffer = buffer
+        self._communications = communications
         self._alignment = alignment
         self._rows_dtype = torch.float8_e4m3fn if fp8_rows else None
 
@@ -108,14 +114,14 @@ class ElasticDeepEPDispatcher:
             ready=self._buffer.capture(),
         )
         if plan.mode is DispatchMode.LOW_LATENCY:
-            self._dispatch(handle)
+            self._post("dispatch", handle, self._dispatch(handle), _rows(handle.sent))
         return handle
 
     def dispatch_b(self, handle: ElasticHandle) -> Received[ElasticHandle]:
         if handle.mode is DispatchMode.NORMAL:
-            self._dispatch(handle)
-        with explained("receive a dispatch"):
-            handle.event.current_stream_wait()
+            self._receive_counted(handle)
+        else:
+            _wait(handle)
         assert handle.received is not None, "dispatch_b comes after dispatch_a"
         (rows, ids, handle.weights), handle.received = handle.received, None
         if handle.mode is DispatchMode.LOW_LATENCY:
@@ -132,7 +138,7 @@ class ElasticDeepEPDispatcher:
         assert handle.arranged is not None and handle.weights is not None, "combine comes after dispatch"
         sums = weighted(expert_rows, handle.arranged.row_map, handle.weights).to(torch.bfloat16).contiguous()
         with explained("send a combine"):
-            handle.combined, _, handle.event = self._buffer.library.combine(
+            handle.combined, _, event = self._buffer.library.combine(
                 sums,
                 handle.library,
                 previous_event=self._buffer.capture(),
@@ -140,19 +146,43 @@ class ElasticDeepEPDispatcher:
                 allocate_on_comm_stream=True,
             )
         handle.sent = sums
+        self._post("combine", handle, event, sums)
         return handle
 
     def combine_b(self, handle: ElasticHandle) -> Tensor:
-        with explained("receive a combine"):
-            handle.event.current_stream_wait()
+        _wait(handle)
         assert handle.combined is not None, "combine_b comes after combine_a"
         return handle.combined.to(handle.hidden.dtype)
 
-    def _dispatch(self, handle: ElasticHandle) -> None:
-        """The library's call. In normal mode the CPU waits in it."""
+    def _post(self, name: str, handle: ElasticHandle, event: Any, sent: Tensor) -> None:
+        """What the library has submitted is under way until `event`."""
+
+        def receive() -> None:
+            with explained(f"receive a {name}"):
+                event.current_stream_wait()
+
+        message = Message(receive, self._buffer.device, event.current_stream_wait)
+        handle.work = self._communications.mark(name, message, sent)
+
+    def _receive_counted(self, handle: ElasticHandle) -> None:
+        """Normal mode: rows and counts leave, and the CPU waits for what comes."""
+
+        def receive() -> None:
+            event = self._dispatch(handle)
+            message.arrived = event.current_stream_wait
+            with explained("receive a dispatch"):
+                event.current_stream_wait()
+
+        message = Message(receive, self._buffer.device)
+        with behind(handle.ready.current_stream_wait, self._buffer.device):
+            pending = self._communications.mark("dispatch", message, _rows(handle.sent))
+        pending.wait()
+
+    def _dispatch(self, handle: ElasticHandle) -> Any:
+        """The library's call: what will have been received after the event that it returns. In normal mode the CPU waits in it."""
         buffer, fixed = self._buffer, handle.mode is DispatchMode.LOW_LATENCY
         with explained("dispatch", lambda words: _late_ranks(words, buffer.shape)):
-            rows, ids, weights, handle.library, handle.event = buffer.library.dispatch(
+            rows, ids, weights, handle.library, event = buffer.library.dispatch(
                 handle.sent,
                 topk_idx=handle.topk.ids,
                 topk_weights=handle.topk.weights,
@@ -166,6 +196,18 @@ class ElasticDeepEPDispatcher:
                 do_cpu_sync=not fixed,
             )
         handle.received = (rows, ids, weights)
+        return event
+
+
+def _wait(handle: ElasticHandle) -> None:
+    work, handle.work = handle.work, None
+    assert work is not None, "nothing is under way"
+    work.wait()
+
+
+def _rows(sent: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Without their scales."""
+    return sent[0] if isinstance(sent, tuple) else sent
 
 
 def _filled(ids: Tensor, tokens_by_rank: Tensor) -> Tensor:

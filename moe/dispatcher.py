@@ -38,6 +38,7 @@ class DispatchPlan:
 class ContiguousRows:
     """Normal layout: hidden [sum(counts), H], sorted by local expert; counts (padded to the alignment) per local expert.
 
+    What pads a block is unspecified, as are the rows of `MaskedRows` that are not valid.
     scales: None, or `hidden` is e4m3 and these are its, fp32 [sum(counts), H / 128].
     """
 

@@ -41,10 +41,11 @@ class Arranged:
 def arrange(hidden: Tensor, local_ids: Tensor, layout: ExpertLayout) -> Arranged:
     """hidden [M, H], local_ids int64 [M, K] (-1 = not here) -> expert rows.
 
-    The masked layout has room for all M tokens at every expert, as the fixed low-latency layout does.
+    The masked layout has room for all M tokens at every expert, as the fixed low-latency layout does. Rows that no choice fills are
+    unspecified: every row is computed by itself, and nobody reads what becomes of those.
     """
     row_map, counts = _map(local_ids, layout)
-    rows = _as_rows(to_rows(hidden, row_map), counts, layout, row_map)
+    rows = _as_rows(to_rows(hidden, row_map, zero_padding=False), counts, layout, row_map)
     return Arranged(layout=layout, rows=rows, row_map=row_map, local_ids=local_ids)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from moesaic.kernels.peer_exchange import Dispatched, PeerWindow
 from moesaic.moe.all_to_all import AllToAllDispatcher, AllToAllHandle
+from moesaic.moe.communication import Communications, Waitable
 from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import DispatchPlan, MaskedRows, Received, ReceivedHalf
 from moesaic.moe.gate import TopK
+from moesaic.moe.message import Message
 from moesaic.moe.symm_windows import WindowsInTurn
 
 
@@ -40,12 +42,14 @@ def triton_exchange() -> PeerExchange:
 
 @dataclass(kw_only=True)
 class SymmHandle:
-    """A low-latency dispatch under way in `window`. expected_rows: received by an expert, on average."""
+    """A low-latency exchange in `window`. expected_rows: received by an expert, on average. work: what is under way."""
 
     window: PeerWindow
     topk: TopK
     expected_rows: int
+    work: Waitable | None = None
     dispatched: Dispatched | None = None
+    sums: Tensor | None = None
 
 
 Handle = SymmHandle | AllToAllHandle
@@ -54,8 +58,11 @@ Handle = SymmHandle | AllToAllHandle
 class SymmDispatcher:
     """`windows`: shared by the layers of a model, of a layout that fits its steps. `normal`: for steps of normal mode."""
 
-    def __init__(self, *, windows: WindowsInTurn, exchange: PeerExchange, normal: AllToAllDispatcher) -> None:
+    def __init__(
+        self, *, windows: WindowsInTurn, exchange: PeerExchange, normal: AllToAllDispatcher, communications: Communications
+    ) -> None:
         self._windows, self._exchange, self._normal = windows, exchange, normal
+        self._communications = communications
 
     def dispatch_a(self, hidden: Tensor, topk: TopK, plan: DispatchPlan) -> Handle:
         if plan.mode is DispatchMode.NORMAL:
@@ -63,14 +70,22 @@ class SymmDispatcher:
         window, ids = self._windows.take(), topk.ids.contiguous()
         num_choices = sum(plan.num_tokens_per_rank) * ids.shape[1]
         expected = max(1, -(-num_choices // window.layout.num_experts))
+        handle = SymmHandle(window=window, topk=TopK(ids=ids, weights=topk.weights.contiguous()), expected_rows=expected)
         self._exchange.dispatch_send(hidden.contiguous(), ids, window)
-        return SymmHandle(window=window, topk=TopK(ids=ids, weights=topk.weights.contiguous()), expected_rows=expected)
+
+        def receive() -> None:
+            handle.dispatched = self._exchange.dispatch_receive(window)
+
+        handle.work = self._communications.mark("dispatch", Message(receive, hidden.device), hidden)
+        return handle
 
     def dispatch_b(self, handle: Handle) -> Received[Handle]:
         if isinstance(handle, AllToAllHandle):
             received = self._normal.dispatch_b(handle)
             return Received(rows=received.rows, handle=received.handle)
-        got = handle.dispatched = self._exchange.dispatch_receive(handle.window)
+        _wait(handle)
+        got = handle.dispatched
+        assert got is not None, "a dispatch leaves what was received"
         rows = MaskedRows(hidden=got.x, counts=got.counts, scales=got.scales, expected_rows=handle.expected_rows)
         return Received(rows=rows, handle=handle)
 
@@ -82,11 +97,23 @@ class SymmDispatcher:
             return self._normal.combine_a(expert_rows, handle)
         assert handle.dispatched is not None, "combine comes after dispatch"
         self._exchange.combine_send(expert_rows, handle.dispatched, handle.window)
+
+        def receive() -> None:
+            handle.sums = self._exchange.combine_receive(handle.topk.ids, handle.topk.weights, handle.window)
+
+        handle.work = self._communications.mark("combine", Message(receive, expert_rows.device), expert_rows)
         return handle
 
     def combine_b(self, handle: Handle) -> Tensor:
         if isinstance(handle, AllToAllHandle):
             return self._normal.combine_b(handle)
-        sums = self._exchange.combine_receive(handle.topk.ids, handle.topk.weights, handle.window)
+        _wait(handle)
+        assert handle.sums is not None, "a combine leaves its sums"
         self._windows.give_back(handle.window)
-        return sums
+        return handle.sums
+
+
+def _wait(handle: SymmHandle) -> None:
+    work, handle.work = handle.work, None
+    assert work is not None, "nothing is under way"
+    work.wait()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moesaic.launch.models.parallel import ParallelContext
+from moesaic.moe.communication import Communications
 from moesaic.moe.deepep_config import DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_limits import violations
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
@@ -22,12 +23,20 @@ from moesaic.moe.dispatcher import Dispatcher
 class DeepEP:
     """Raises ValueError for what DeepEP does not support, DeepEPError when it is missing or can't start."""
 
-    def __init__(self, parallel: ParallelContext, settings: DeepEPSettings, shape: ExchangeShape, device: torch.device) -> None:
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        settings: DeepEPSettings,
+        shape: ExchangeShape,
+        device: torch.device,
+        communications: Communications,
+    ) -> None:
         first = parallel.a2a_backend == "deepep"
         found = list(violations("deepep" if first else "deepep_v2", settings, shape))
         if found:
             raise ValueError(f"{parallel.a2a_backend}: " + "; ".join(f"{each.reason} ({each.remedy})" for each in found))
         assert parallel.world_group is not None, "two ranks or more have a group"
+        self._communications = communications
         self._buffer: DeepEPBuffer | ElasticDeepEPBuffer
         if first:
             self._buffer = DeepEPBuffer(settings=settings, shape=shape, group=parallel.world_group, device=device)
@@ -36,9 +45,10 @@ class DeepEP:
 
     def dispatcher(self, alignment: int, *, fp8_rows: bool) -> Dispatcher[Any]:
         """For one layer. alignment: rows per expert block in normal mode. fp8_rows: what travels as FP8 reaches the experts so."""
+        posts = self._communications
         if isinstance(self._buffer, DeepEPBuffer):
-            return DeepEPDispatcher(self._buffer, alignment=alignment, fp8_rows=fp8_rows)
-        return ElasticDeepEPDispatcher(self._buffer, alignment=alignment, fp8_rows=fp8_rows)
+            return DeepEPDispatcher(self._buffer, communications=posts, alignment=alignment, fp8_rows=fp8_rows)
+        return ElasticDeepEPDispatcher(self._buffer, communications=posts, alignment=alignment, fp8_rows=fp8_rows)
 
     def enter(self, mode: DispatchMode) -> None:
         """Before a forward whose dispatches take this mode. Collective."""

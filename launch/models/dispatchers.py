@@ -58,7 +58,9 @@ class Dispatchers:
         by_collectives = self._all_to_all(placement)
         if self._parallel.a2a_backend == "torch":
             return by_collectives
-        return SymmDispatcher(windows=self._windows, exchange=triton_exchange(), normal=by_collectives)
+        return SymmDispatcher(
+            windows=self._windows, exchange=triton_exchange(), normal=by_collectives, communications=self._communications
+        )
 
     def _all_gather(self, placement: ExpertPlacement) -> AllGatherDispatcher:
         parallel = self._parallel
@@ -91,7 +93,7 @@ class Dispatchers:
             hidden_size=config.hidden_size,
             topk=config.num_experts_per_tok,
         )
-        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device))
+        return DeepEP(parallel, self._options.deepep, shape, torch.device(self._options.device), self._communications)
 
     @cached_property
     def _windows(self) -> WindowsInTurn:

@@ -19,7 +19,7 @@ from moesaic.moe.dispatch_mode import DispatchMode
 from moesaic.moe.dispatcher import ContiguousRows, ExpertRows, MaskedRows
 from moesaic.moe.experts import ExpertWeights, TorchExpertRunner
 from moesaic.moe.layer import DenseMLP
-from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, part_of, per_choice
+from moesaic.moe.layouts import Arranged, ExpertLayout, arrange, part_of, per_choice, weighted
 
 HIDDEN, INNER, EXPERTS = 256, 128, 3
 
@@ -101,6 +101,29 @@ def test_a_dense_feed_forward_in_fp8_is_as_near_the_exact_result_as_the_simulati
     # As for experts: two roundings to 3 mantissa bits, whose errors partly cancel in sums.
     assert error.max() < 0.08
     assert error.mean() < min(0.045, 1.1 * of_simulation.mean())
+
+
+@pytest.mark.parametrize("mode", DispatchMode)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_nobody_reads_what_lies_in_rows_that_no_choice_fills(mode: DispatchMode, fp8: bool) -> None:
+    _, _, arranged = _arranged(mode, alignment=16)
+    clean = _quantized(arranged.rows) if fp8 else arranged.rows
+    filled = torch.zeros(arranged.row_map.num_rows, dtype=torch.bool)
+    filled[arranged.row_map.row[arranged.row_map.valid]] = True
+    assert not filled.all()
+
+    def poisoned(values: Tensor) -> Tensor:
+        nan = 0x7F if values.element_size() == 1 else float("nan")
+        flat = values.reshape(-1, values.shape[-1]).clone()
+        (flat.view(torch.uint8) if values.element_size() == 1 else flat)[~filled] = nan
+        return flat.view(values.shape)
+
+    dirty = replace(clean, hidden=poisoned(clean.hidden), scales=None if clean.scales is None else poisoned(clean.scales))
+    weights = torch.rand(len(arranged.local_ids), 1, generator=torch.Generator().manual_seed(3))
+    runners = [_runner("torch"), TorchExpertRunner(_dequantized(torch.float32), fp8_activations=True)]
+    for runner in runners if fp8 else [*runners, PlainDeviceRunner(_dequantized(torch.float32), ["torch"])]:
+        one, other = (weighted(runner.run(rows), arranged.row_map, weights) for rows in (clean, dirty))
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("mode", DispatchMode)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels.quant import dequantize_per_token
+from moesaic.moe.communication import Communications
 from moesaic.moe.deepep_config import ChunkSizes, DeepEPSettings, ExchangeShape
 from moesaic.moe.deepep_v1 import DeepEPBuffer, DeepEPDispatcher
 from moesaic.moe.deepep_v2 import ElasticDeepEPBuffer, ElasticDeepEPDispatcher
@@ -117,9 +118,9 @@ def make_dispatcher(layout: DeepEPLayout, purpose: str = "forward", **options: A
     group = rank_pool.group_of(tuple(range(layout.world)), purpose)
     if layout.generation == "deepep":
         buffer = DeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
-        return DeepEPDispatcher(buffer, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
+        return DeepEPDispatcher(buffer, communications=Communications(), alignment=layout.alignment, fp8_rows=layout.fp8_rows)
     elastic = ElasticDeepEPBuffer(settings=settings, shape=shape, group=group, device=torch.device("cpu"))
-    return ElasticDeepEPDispatcher(elastic, alignment=layout.alignment, fp8_rows=layout.fp8_rows)
+    return ElasticDeepEPDispatcher(elastic, communications=Communications(), alignment=layout.alignment, fp8_rows=layout.fp8_rows)
 
 
 def own_experts(layout: DeepEPLayout, rank: int) -> TorchExpertRunner:

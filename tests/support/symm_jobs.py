@@ -28,7 +28,7 @@ class Ranks:
     def __init__(self, rank: int, world: int, **options: int) -> None:
         group = rank_pool.group_of(tuple(range(world)))
         self.rank, self.world = rank, world
-        communications = Communications()
+        communications = self.communications = Communications()
         placement = ExpertPlacement(num_slots=2 * world, ep_size=world, ep_rank=rank)
         exchange = CountedExchange(
             size=world,
@@ -41,7 +41,12 @@ class Ranks:
         )
         layout = PeerLayout(num_ranks=world, num_local=2, max_tokens=MOST_TOKENS, topk=TOPK, hidden=HIDDEN, dtype=torch.float32)
         windows = shared_windows(layout, rank, group, "cpu", **options)
-        self.symm = SymmDispatcher(windows=WindowsInTurn(windows), exchange=triton_exchange(), normal=self.collective)
+        self.symm = SymmDispatcher(
+            windows=WindowsInTurn(windows),
+            exchange=triton_exchange(),
+            normal=self.collective,
+            communications=communications,
+        )
         chance = torch.Generator().manual_seed(rank)
         gate_up = torch.randn(2, 2 * INNER, HIDDEN, generator=chance) * HIDDEN**-0.5
         weights = ExpertWeights(gate_up=gate_up, down=torch.randn(2, HIDDEN, INNER, generator=chance))

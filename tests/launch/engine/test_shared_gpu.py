@@ -5,6 +5,8 @@ fp32 with everything staged that would be on a GPU (the larger ones with `-m who
 torch, triton, numpy, safetensors, transformers, msgspec, pytest and pytest-timeout, from the repository's root:
 
     mkdir -p /tmp/site && ln -sfn $PWD /tmp/site/moesaic && PYTHONPATH=/tmp/site python3 -m pytest -q -m gpu tests/launch/engine
+
+(`-m gpu tests/kernels tests/moe tests/launch/engine` is everything that a GPU is for; none of it imports the server's packages.)
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def _settings(model: TinyModel, device: str, **options: Any) -> EngineSettings:
         page_size=64,
         num_pages=32,
         max_running=8,
-        cap=64,
+        cap=128,
         **{"staged": True, **options},
     )
 
