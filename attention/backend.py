@@ -1,4 +1,4 @@
-"""The attention backend protocol: what MLA asks of an implementation, and the torch one."""
+"""The attention backend protocol: what MLA asks of an implementation, and ours, over the kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AttentionBackend(Protocol):
         ...
 
 
-class TorchBackend:
+class KernelBackend:
     """Gathers pages and leaves the arithmetic to the kernels; runs on any device. `prefill`: what attends for chunks."""
 
     def __init__(self, prefill: Prefill = mla_prefill) -> None:
@@ -83,14 +83,14 @@ class TorchBackend:
         return self._prefill(query, key, key_rope, value, chunks, scale=scale)
 
 
-def make_backend(name: str, prefill: str = "own", device: str = "cpu") -> AttentionBackend:
-    """Backend by settled names. Raises ValueError for one that isn't built, ImportError where a library is missing."""
-    if name != "torch":
-        raise ValueError(f"attention backend {name!r} is not built; choose 'torch'")
+def make_backend(prefill: str = "own", device: str = "cpu") -> AttentionBackend:
+    """Ours, with what attends for chunks by its settled name. Raises ValueError for one that isn't built, ImportError where a
+    library is missing.
+    """
     if prefill == "own":
-        return TorchBackend()
+        return KernelBackend()
     if prefill == "torch_native":
-        return TorchBackend(sdpa_prefill)
+        return KernelBackend(sdpa_prefill)
     if prefill == "flashinfer":
-        return TorchBackend(FlashInferPrefill(torch.device(device)))
+        return KernelBackend(FlashInferPrefill(torch.device(device)))
     raise ValueError(f"prefill attention backend {prefill!r} is not built; choose 'own', 'torch_native' or 'flashinfer'")

@@ -156,7 +156,7 @@ def build_slice(config: ModelConfig, weights: SliceWeights, group: LoopbackGroup
     communications = Communications()
     alone = AttentionTPGroup(0, 1, None, communications)
     replicas = _replicas(config, group)
-    maker = _Layers(config, weights, group, alone, communications, make_backend("torch"), replicas)
+    maker = _Layers(config, weights, group, alone, communications, make_backend(), replicas)
     return DeepseekV3(
         embedding=weights.embedding,
         layers=[maker.layer(index) for index in range(num_layers or config.num_hidden_layers)],

@@ -1,12 +1,14 @@
 """Whether the Triton kernels compute on a tensor. Knows the device and one switch; imports no Triton.
 
-A front function that gets True imports its kernel from kernels/triton/; the import fails by name where Triton is missing. What the
+A front function that gets True imports its kernel from kernels/triton/. What the
 CPU makes for a device goes there by `upload`, and what it wants to know comes back by `Download`: nothing else of a step waits.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,8 +20,20 @@ SWITCH_VARIABLE = "MOESAIC_GPU_KERNELS"
 
 
 def uses_triton(x: Tensor) -> bool:
-    """True for tensors on a CUDA device, unless the switch says otherwise."""
-    return x.is_cuda and os.environ.get(SWITCH_VARIABLE) != "torch"
+    """True for tensors on a CUDA device, unless there is a reason against it."""
+    return x.is_cuda and why_missing() is None
+
+
+def why_missing() -> str | None:
+    """Why the torch references compute on CUDA tensors; None: the kernels do. For the resolution report."""
+    if os.environ.get(SWITCH_VARIABLE) == "torch":
+        return f"{SWITCH_VARIABLE}=torch"
+    return None if _has_triton() else "the package triton is not installed"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -116,7 +116,7 @@ class ServerConfig:
     # Device and process
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks_per_gpu: int = 1
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "triton", "torch"] = "auto"
     prefill_attention_backend: Literal["auto", "triton", "torch_native", "flashinfer"] = "auto"
     num_threads: int | None = None
     random_seed: int | None = None
@@ -157,7 +157,6 @@ class ResolvedConfig:
     quantization: Literal["none", "fp8"]
     context_length: int
     communication_backend: Literal["gloo", "nccl", "staged"]
-    attention_backend: Literal["torch"]
     prefill_attention_backend: PrefillBackend
     moe_a2a_backend: A2ABackend
     moe_runner_backends: tuple[RunnerName, ...]

@@ -281,7 +281,7 @@ FLAG_GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "device and process": (
         choice("--device", "auto: cuda if every rank gets one", "auto", "cpu", "cuda"),
-        choice("--attention-backend", "what computes attention", "auto", "torch"),
+        choice("--attention-backend", "what computes attention; auto: on CUDA triton, our kernels", "auto", "triton", "torch"),
         choice(
             "--prefill-attention-backend",
             "what computes a prompt's attention; auto: flashinfer where it is installed, else our kernels",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.kernels.gpu import SWITCH_VARIABLE as GPU_SWITCH
+from moesaic.kernels.gpu import why_missing as why_gpu_kernels_missing
 from moesaic.kernels.grouped_backends import NAMES, Name
 from moesaic.kernels.native.build import why_missing
 from moesaic.launch.config import DeviceName
@@ -43,14 +44,15 @@ class Hardware:
     """`num_cores` are the cores this process may use, not the machine's.
 
     `cuda_missing` says why there is no CUDA device, `cpu_kernels_missing` why there are no compiled CPU kernels (None: there are),
-    `runners_missing` why experts can't be computed on the CUDA devices by this or that backend, `deepep_missing` why there is no
-    DeepEP, if it was asked for.
+    `gpu_kernels_missing` why our Triton kernels can't compute on the CUDA devices, `runners_missing` why experts can't be computed
+    there by this or that backend, `deepep_missing` why there is no DeepEP, if it was asked for.
     """
 
     num_cores: int
     num_cuda_devices: int = 0
     cuda_missing: str = NO_DEVICE
     cpu_kernels_missing: str | None = None
+    gpu_kernels_missing: str | None = None
     runners_missing: tuple[tuple[Name, str], ...] = ()
     deepep_missing: str | None = None
     flashinfer_missing: str | None = NO_FLASHINFER
@@ -75,6 +77,7 @@ def detect_hardware(device: str, a2a_backend: str = "none") -> Hardware:
     return Hardware(
         num_cores=num_cores,
         num_cuda_devices=num_devices,
+        gpu_kernels_missing=why_gpu_kernels_missing(),
         runners_missing=_missing_runners(),
         deepep_missing=_missing_deepep(a2a_backend),
         flashinfer_missing=None if importlib.util.find_spec("flashinfer") else NO_FLASHINFER,

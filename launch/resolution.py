@@ -91,7 +91,15 @@ def _settle(config: ServerConfig, shape: ModelShape, topology: Topology, hardwar
     deepep, dispatch_row = choose_dispatch(config, mode, sizes, shape, topology, fp8=compute.quantization == "fp8")
     graph_rows, graph_row = choose_graphs(config, device, mode, sizes, topology)
     overlap_schedule, overlap_row = choose_overlap_schedule(config, device)
-    rows = (attention_row(config, device), prefill_row, dispatch_row, runner_row, prefix_cache_row(config), graph_row, overlap_row)
+    rows = (
+        attention_row(config, device, hardware),
+        prefill_row,
+        dispatch_row,
+        runner_row,
+        prefix_cache_row(config),
+        graph_row,
+        overlap_row,
+    )
     return _Settled(
         compute=compute,
         context_length=context_length(config, shape),
@@ -120,7 +128,6 @@ def _resolved(config: ServerConfig, settled: _Settled, num_threads: int) -> Reso
         quantization=compute.quantization,
         context_length=settled.context_length,
         communication_backend=compute.communication,
-        attention_backend="torch",
         prefill_attention_backend=settled.prefill,
         moe_a2a_backend=config.moe_a2a_backend,
         moe_runner_backends=settled.runners,

@@ -48,7 +48,6 @@ class RunnerConfig:
     device: str = "cpu"
     context_length: int = 4096
     page_size: int = 16
-    attention_backend: str = "torch"
     prefill_backend: str = "own"
     expert_backends: tuple[Name, ...] = ("torch",)
     fp8_gemm_backends: tuple[Name, ...] = ("torch",)
@@ -101,7 +100,7 @@ class ModelRunner:
             single_batch_overlap=config.single_batch_overlap,
             deepep=config.deepep,
         )
-        backend = make_backend(config.attention_backend, config.prefill_backend, config.device)
+        backend = make_backend(config.prefill_backend, config.device)
         self._model = DeepseekV3Builder(model_config, source, parallel, backend, options).build()
         self._pool: LatentKVPool | None = None
         self.host_kv: HostKVPool | None = None

@@ -185,7 +185,6 @@ class RankStartup:
                 device=self._device(),
                 context_length=config.context_length,
                 page_size=config.page_size,
-                attention_backend=config.attention_backend,
                 prefill_backend=config.prefill_attention_backend,
                 expert_backends=config.moe_runner_backends,
                 fp8_gemm_backends=config.fp8_gemm_backends,

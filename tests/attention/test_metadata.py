@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import MAX_PADDING, AttentionMetadata, DecodeBucket, Int32Array, decode_buckets
 
@@ -91,7 +91,7 @@ def test_decode_over_buckets_equals_each_sequence_alone_in_float64(lengths: list
         buckets=decode_buckets(table, np.array(lengths, dtype=np.int64), PAGE, CPU),
         extends=(),
     )
-    out = TorchBackend().decode(query, pool, 0, metadata, value_dim=rank, scale=0.35)
+    out = KernelBackend().decode(query, pool, 0, metadata, value_dim=rank, scale=0.35)
     for row, length in enumerate(lengths):
         slots = torch.from_numpy(table[row].astype(np.int64)).unsqueeze(1) * PAGE + torch.arange(PAGE)
         latent = rows[slots.flatten()[:length]].double()

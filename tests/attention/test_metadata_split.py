@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.attention.config import MLAConfig
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
@@ -110,7 +110,7 @@ class World:
     @torch.inference_mode()
     def attend(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         queries = MLA.prepare(hidden, metadata, self.pool)
-        return MLA.output(MLA.core(queries, metadata, self.pool, TorchBackend()))
+        return MLA.output(MLA.core(queries, metadata, self.pool, KernelBackend()))
 
     def _slots(self, seq: int, start: int, stop: int) -> Tensor:
         positions = torch.arange(start, stop)

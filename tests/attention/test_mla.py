@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import YARN, TinyModel
 from torch import Tensor, nn
 
-from moesaic.attention.backend import TorchBackend, make_backend
+from moesaic.attention.backend import KernelBackend, make_backend
 from moesaic.attention.config import MLAConfig
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
@@ -93,7 +93,7 @@ class Layer:
     @torch.inference_mode()
     def _run(self, rows: Tensor, metadata: AttentionMetadata) -> Tensor:
         queries = self.mla.prepare(rows, metadata, self.pool)
-        return self.mla.output(self.mla.core(queries, metadata, self.pool, TorchBackend()))
+        return self.mla.output(self.mla.core(queries, metadata, self.pool, KernelBackend()))
 
     def idle(self) -> Tensor:
         """A step without rows."""
@@ -220,6 +220,6 @@ def test_the_softmax_scale_and_yarn_matter_to_the_answer(tiny: Tiny) -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    assert isinstance(make_backend("torch"), TorchBackend)
-    with pytest.raises(ValueError, match="'flashmla' is not built; choose 'torch'"):
+    assert isinstance(make_backend(), KernelBackend)
+    with pytest.raises(ValueError, match="'flashmla' is not built; choose 'own'"):
         make_backend("flashmla")

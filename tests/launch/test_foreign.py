@@ -113,7 +113,9 @@ def test_all_that_is_wrong_comes_at_once() -> None:
 
     assert len(lines) == 8
     assert "unknown flag --tp_size: did you mean --tp-size?" in lines and "unknown flag -tp: did you mean --tp?" in lines
-    assert any(line.startswith("--attention-backend flashmla: choose from auto, torch (auto is our own MLA") for line in lines)
+    assert any(
+        line.startswith("--attention-backend flashmla: choose from auto, triton, torch (auto is our own MLA") for line in lines
+    )
 
 
 def test_sglangs_newer_spellings() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepseek_v3 import DEEPSEEK_V3
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.kernels.gemm import BlockWeight
 from moesaic.kernels.grouped_backends import dense_unfit_reason
 from moesaic.launch.config import ServerConfig
@@ -64,7 +64,7 @@ def test_the_demo_model_is_held_in_fp8_as_planned() -> None:
     resolution = _settle(model)
     assert resolution.config.fp8_weights
     options = BuildOptions(dtype=torch.bfloat16, max_positions=64, fp8_weights=True, fp8_gemm_backends=("deep_gemm", "triton"))
-    built = DeepseekV3Builder(model, CheckpointWeights(CHECKPOINT_DIR), ParallelContext(), TorchBackend(), options).build()
+    built = DeepseekV3Builder(model, CheckpointWeights(CHECKPOINT_DIR), ParallelContext(), KernelBackend(), options).build()
     inputs = MemoryInputs(
         model=model,
         topology=resolution.topology,

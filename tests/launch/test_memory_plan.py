@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_models import TinyModel
 from torch import Tensor
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.eplb.location import ExpertLocation
 from moesaic.eplb.settings import SlotOptions
 from moesaic.kernels.peer_exchange import PeerLayout, PeerWindow
@@ -146,7 +146,7 @@ def test_the_planned_weights_are_those_that_a_rank_holds(tiny: Callable[..., Tin
     source = Tally(model)
 
     built = DeepseekV3Builder(
-        model, source, parallel, TorchBackend(), BuildOptions(max_positions=inputs.config.context_length, slots=slots)
+        model, source, parallel, KernelBackend(), BuildOptions(max_positions=inputs.config.context_length, slots=slots)
     ).build()
 
     assert source.num_bytes == {kind: size for kind, size in weight_bytes(inputs).items() if size}
@@ -169,7 +169,7 @@ def test_weights_that_stay_fp8_are_planned_with_their_scales(tiny: Callable[...,
     inputs = replace(settled(model), fp8=FP8_KINDS)
 
     options, source = BuildOptions(max_positions=64, fp8_weights=True), Tally(model)
-    built = DeepseekV3Builder(model, source, ParallelContext(), TorchBackend(), options).build()
+    built = DeepseekV3Builder(model, source, ParallelContext(), KernelBackend(), options).build()
 
     planned = weight_bytes(inputs)
     for kind in ("attention", "dense layers", "shared experts"):
@@ -201,7 +201,7 @@ def test_symmetric_windows_are_planned_as_large_as_a_rank_makes_them(tiny: Calla
 
     options = BuildOptions(max_positions=64, fp8_weights=True, max_dispatch_tokens=48, make_windows=make_windows)
     source = CheckpointWeights(folder)
-    DeepseekV3Builder(model, source, ParallelContext(a2a_backend="symm"), TorchBackend(), options).build()
+    DeepseekV3Builder(model, source, ParallelContext(a2a_backend="symm"), KernelBackend(), options).build()
 
     assert made == [window_bytes(inputs)]
     (item,) = [item for item in plan_memory(inputs, None).buffers if item.name == "symmetric windows"]

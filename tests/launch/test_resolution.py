@@ -37,7 +37,10 @@ FP8_SHAPE = ModelShape(
 LAPTOP = Hardware(num_cores=8)
 GPU_BOX = Hardware(num_cores=64, num_cuda_devices=8, runners_missing=(("deep_gemm", "no module"), ("cutlass", "no module")))
 BARE_GPU_BOX = Hardware(
-    num_cores=64, num_cuda_devices=8, runners_missing=tuple((name, "sm_80") for name in ("deep_gemm", "cutlass", "triton"))
+    num_cores=64,
+    num_cuda_devices=8,
+    gpu_kernels_missing="the package triton is not installed",
+    runners_missing=tuple((name, "sm_80") for name in ("deep_gemm", "cutlass", "triton")),
 )
 DP2: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": "torch"}
 
@@ -195,8 +198,7 @@ def test_falling_back_to_the_cpu_is_a_downgrade_that_strict_refuses() -> None:
 
 def test_strict_accepts_choices_that_were_written_down() -> None:
     settle(strict=True, device="cpu")
-    flags = {"attention_backend": "torch", "moe_runner_backend": "torch"}
-    settle(strict=True, hardware=GPU_BOX, disable_cuda_graph=True, **flags)
+    settle(strict=True, hardware=GPU_BOX, disable_cuda_graph=True, moe_runner_backend="torch")
 
 
 def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
@@ -207,7 +209,7 @@ def test_strict_names_every_downgrade_and_how_to_accept_it() -> None:
     accepted = [line.rpartition("to accept it: ")[2] for line in lines[1:]]
     assert accepted == [
         "--quantization none",
-        "--attention-backend torch",
+        "the environment variable MOESAIC_GPU_KERNELS=torch",
         "--moe-runner-backend torch",
         "--disable-cuda-graph",
     ]
@@ -343,6 +345,20 @@ def test_a_prompts_attention_is_flashinfers_where_it_is_installed() -> None:
         settle(hardware=GPU_BOX, **{asked: "flashinfer"})
     with pytest.raises(ConfigError, match=r"--prefill-attention-backend triton: the device is cpu; use auto or torch_native"):
         settle(**{asked: "triton"})
+
+
+def test_attention_is_triton_on_a_gpu_and_torch_only_where_that_was_said_or_must_be() -> None:
+    told = replace(GPU_BOX, gpu_kernels_missing="MOESAIC_GPU_KERNELS=torch")
+    assert row(settle(), "attention backend")["chosen"] == "own CPU kernels"
+    for asked in ("auto", "triton"):
+        assert row(settle(hardware=GPU_BOX, attention_backend=asked), "attention backend")["chosen"] == "triton, our kernels"
+    assert row(settle(hardware=told, attention_backend="torch"), "attention backend")["automatic_downgrade"] is False
+    bare = settle(hardware=BARE_GPU_BOX)
+    assert row(bare, "attention backend")["automatic_downgrade"] is True
+    assert row(bare, "prefill attention")["chosen"] == "torch, our reference"
+    for hardware, asked in ((LAPTOP, "triton"), (BARE_GPU_BOX, "triton"), (GPU_BOX, "torch")):
+        with pytest.raises(ConfigError, match=f"--attention-backend {asked}: "):
+            settle(hardware=hardware, attention_backend=asked)
 
 
 def test_the_kv_cache_may_be_fp8() -> None:

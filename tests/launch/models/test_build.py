@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BASE, TinyModel
 from torch import Tensor
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.checkpoint_files import CheckpointError
 from moesaic.launch.models.config import ModelConfig, load_model_config
@@ -61,7 +61,7 @@ class Listening:
 
 def _build(config: ModelConfig, source: WeightSource, **parallel: Any) -> None:
     options = BuildOptions(max_positions=64)
-    DeepseekV3Builder(config, source, ParallelContext(**parallel), TorchBackend(), options).build()
+    DeepseekV3Builder(config, source, ParallelContext(**parallel), KernelBackend(), options).build()
 
 
 @pytest.mark.parametrize("variant", ["plain", "fp8", "tied", "kimi"])
@@ -163,7 +163,7 @@ def test_dummy_weights_build_what_a_checkpoint_builds(tiny: Tiny, fp8_weights: b
     config, options = load_model_config(folder), BuildOptions(max_positions=64, fp8_weights=fp8_weights)
     real, dummy = Listening(CheckpointWeights(folder)), Listening(DummyWeights())
     for source in (real, dummy):
-        DeepseekV3Builder(config, source, ParallelContext(), TorchBackend(), options).build()
+        DeepseekV3Builder(config, source, ParallelContext(), KernelBackend(), options).build()
     assert dummy.asked == real.asked
     assert dummy.num_bytes == real.num_bytes
 
@@ -174,7 +174,7 @@ def test_an_unknown_dispatch_backend_and_experts_that_cut_blocks_are_refused(tin
         _build(config, DummyWeights(), a2a_backend="pplx")
     options = BuildOptions(max_positions=64, fp8_weights=True)
     with pytest.raises(ValueError, match="this rank's part of an expert is 16 wide, wanted a multiple of 128"):
-        DeepseekV3Builder(config, DummyWeights(), ParallelContext(moe_tp_size=2), TorchBackend(), options).build()
+        DeepseekV3Builder(config, DummyWeights(), ParallelContext(moe_tp_size=2), KernelBackend(), options).build()
 
 
 def test_an_fp8_matrix_that_no_backend_takes_and_one_that_is_not_fp8_are_refused_by_name(tiny: Tiny) -> None:
@@ -190,14 +190,14 @@ def test_an_fp8_matrix_that_no_backend_takes_and_one_that_is_not_fp8_are_refused
         options = BuildOptions(max_positions=64, fp8_weights=True, fp8_gemm_backends=(backend,))  # type: ignore[arg-type]
         with pytest.raises((ValueError, CheckpointError), match=message):
             DeepseekV3Builder(
-                load_model_config(folder), CheckpointWeights(folder), ParallelContext(), TorchBackend(), options
+                load_model_config(folder), CheckpointWeights(folder), ParallelContext(), KernelBackend(), options
             ).build()
 
 
 LOADER = """
 import sys
 import torch
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.launch.models.build import DeepseekV3Builder
 from moesaic.launch.models.options import BuildOptions
 from moesaic.launch.models.checkpoint_files import CheckpointError
@@ -216,7 +216,7 @@ baseline, given = status("VmRSS"), []
 parallel = ParallelContext(world_size=ep_size, rank=ep_size - 1, ep_size=ep_size, ep_rank=ep_size - 1)
 source = CheckpointWeights(folder, given.append)
 options = BuildOptions(max_positions=64)
-model = DeepseekV3Builder(load_model_config(folder), source, parallel, TorchBackend(), options).build()
+model = DeepseekV3Builder(load_model_config(folder), source, parallel, KernelBackend(), options).build()
 print(sum(given), status("VmHWM") - baseline)
 """
 

@@ -13,7 +13,7 @@ from shared_windows import shared_windows
 from tiny_models import VARIANTS, TinyModel
 from torch import Tensor
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.launch.models.build import DeepseekV3Builder
@@ -41,7 +41,7 @@ class Driver:
         config = load_model_config(tiny_model.folder)
         build = BuildOptions(max_positions=config.max_position_embeddings, **options)
         weights = CheckpointWeights(tiny_model.folder)
-        builder = DeepseekV3Builder(config, weights, ParallelContext(a2a_backend=a2a), TorchBackend(), build)
+        builder = DeepseekV3Builder(config, weights, ParallelContext(a2a_backend=a2a), KernelBackend(), build)
         self.model: DeepseekV3 = builder.build()
         self.pool = LatentKVPool(
             num_layers=config.num_hidden_layers,

@@ -12,7 +12,7 @@ from joined_halves import join_row_ids
 from tiny_models import TinyModel
 from torch import Tensor
 
-from moesaic.attention.backend import TorchBackend
+from moesaic.attention.backend import KernelBackend
 from moesaic.attention.kv_pool import LatentKVPool
 from moesaic.attention.metadata import AttentionMetadata, ExtendSequence, decode_buckets
 from moesaic.launch.models.build import DeepseekV3Builder
@@ -57,7 +57,7 @@ class Driver:
             config,
             CheckpointWeights(tiny_model.folder),
             ParallelContext(a2a_backend="torch"),
-            TorchBackend(),
+            KernelBackend(),
             BuildOptions(max_positions=config.max_position_embeddings),
         )
         self.model = builder.build()
