@@ -91,15 +91,8 @@ def _settle(config: ServerConfig, shape: ModelShape, topology: Topology, hardwar
     deepep, dispatch_row = choose_dispatch(config, mode, sizes, shape, topology, fp8=compute.quantization == "fp8")
     graph_rows, graph_row = choose_graphs(config, device, mode, sizes, topology)
     overlap_schedule, overlap_row = choose_overlap_schedule(config, device)
-    rows = (
-        attention_row(config, device, hardware),
-        prefill_row,
-        dispatch_row,
-        runner_row,
-        prefix_cache_row(config),
-        graph_row,
-        overlap_row,
-    )
+    attention = attention_row(config, device, hardware)
+    rows = (attention, prefill_row, dispatch_row, runner_row, prefix_cache_row(config), graph_row, overlap_row)
     return _Settled(
         compute=compute,
         context_length=context_length(config, shape),

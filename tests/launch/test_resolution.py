@@ -356,9 +356,9 @@ def test_attention_is_triton_on_a_gpu_and_torch_only_where_that_was_said_or_must
     bare = settle(hardware=BARE_GPU_BOX)
     assert row(bare, "attention backend")["automatic_downgrade"] is True
     assert row(bare, "prefill attention")["chosen"] == "torch, our reference"
-    for hardware, asked in ((LAPTOP, "triton"), (BARE_GPU_BOX, "triton"), (GPU_BOX, "torch")):
+    for machine, asked in ((LAPTOP, "triton"), (BARE_GPU_BOX, "triton"), (GPU_BOX, "torch")):
         with pytest.raises(ConfigError, match=f"--attention-backend {asked}: "):
-            settle(hardware=hardware, attention_backend=asked)
+            settle(hardware=machine, attention_backend=asked)
 
 
 def test_the_kv_cache_may_be_fp8() -> None:
