@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cpu" if options.cpu_tiny else "cuda")
     machine = replace(H200, name="CPU, reduced sizes (floors of a GPU)") if options.cpu_tiny else _measured_machine()
     backends: Backends = ("torch", "torch") if options.cpu_tiny else (options.moe_runner_backend, options.fp8_gemm_backend)
-    reports = _run_all(config, chosen, machine, device, backends)
-    write_report(options.output, machine, reports, f"One rank of a wide-EP cluster: {machine.name}, {time.strftime('%Y-%m-%d')}")
+    title = f"One rank of a wide-EP cluster: {machine.name}, {time.strftime('%Y-%m-%d')}"
+    reports: list[dict[str, Any]] = []
+    for report in _run_all(config, chosen, machine, device, backends):
+        reports.append(report)
+        print(result_line(report), flush=True)
+        write_report(options.output, machine, reports, title)  # a run that is cut off leaves what it has
     for words in (MEASURED, ASSUMED, DERIVED):
         print(" ".join(words.split()))
     print(f"{options.output / 'report.md'}, {options.output / 'report.json'}")
@@ -101,27 +106,25 @@ def _measured_machine() -> Machine:
 
 def _run_all(
     config: ModelConfig, cases: list[Case], machine: Machine, device: torch.device, backends: Backends
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """The report of each case, when it is there."""
     begun, wire = time.monotonic(), make_wire(device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     runner: RankSlice | None = None
     layout: tuple[int, int] | None = None
-    reports = []
     for case in cases:
         measured, problem = None, refusal(config, case, memory)
         if problem is None and time.monotonic() - begun > DEADLINE_S:
             problem = f"not run: {DEADLINE_S:.0f} s were over"
         if problem is None:
-            if runner is None or layout != (case.ep_size, case.num_slots):
-                runner, layout = None, (case.ep_size, case.num_slots)  # the old weights go before the new ones come
-                runner = _new_slice(config, case, device, wire, backends)
             try:
+                if runner is None or layout != (case.ep_size, case.num_slots):
+                    runner, layout = None, (case.ep_size, case.num_slots)  # the old weights go before the new ones come
+                    runner = _new_slice(config, case, device, wire, backends)
                 measured = runner.measure(case)
-            except (RuntimeError, ValueError, ImportError) as error:
+            except Exception as error:  # a compiler's, a library's, the device's: it is this case's result, not the end of the run
                 problem = f"failed: {type(error).__name__}: {str(error)[:300]}"
-        reports.append(case_report(config, case, machine, measured, problem))
-        print(result_line(reports[-1]), flush=True)
-    return reports
+        yield case_report(config, case, machine, measured, problem)
 
 
 def refusal(config: ModelConfig, case: Case, memory_bytes: int | None) -> str | None:
