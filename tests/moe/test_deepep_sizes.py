@@ -29,8 +29,9 @@ LOW, NORMAL = DeepEPSettings(mode="low_latency"), DeepEPSettings(mode="normal")
 
 
 @pytest.fixture
-def without_deep_ep() -> Iterator[None]:
-    """This process has not imported the stand-in, and has forgotten it afterwards."""
+def without_deep_ep(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process has not imported the stand-in, does not find it, and has forgotten it afterwards."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != deepep_standin.STANDINS])
     _forget()
     yield
     _forget()
