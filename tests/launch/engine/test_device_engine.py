@@ -90,6 +90,7 @@ def test_sampling_penalties_and_logprobs_do_not_wait_more_often(tiny: Tiny) -> N
 
 
 @pytest.mark.whole
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's, on rubbish in rows that only pad a block
 def test_captured_steps_in_fp8_give_the_oracles_tokens(tiny: Tiny) -> None:
     """W8A8, experts in FP8: captured once, replayed with other rows."""
     model = tiny("fp8", **FP8)
