@@ -48,10 +48,14 @@ class PreparedLogits:
 
     logits: torch.Tensor
     config: Any
+    parallel: Any
     timeline: Any = None
 
     def forward(self, inputs: Any, observer: Any, split: Any, graph: Any) -> torch.Tensor:
         return self.logits[: len(inputs.logit_rows)]
+
+    def verify(self) -> None:
+        pass
 
 
 class NoRecording:
@@ -66,9 +70,9 @@ def make_engine(num_requests: int) -> RankEngine:
     config = SchedulerConfig(
         num_pages=num_requests * 128, page_size=PAGE_SIZE, max_running=num_requests, context_length=2048, chunk_tokens=1 << 20
     )
-    runner: Any = PreparedLogits(torch.randn(num_requests, LOGITS), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"))
     recording: Any = NoRecording()
     parallel: Any = SimpleNamespace(rank=0, world_size=1, dp_rank=0, attn_tp_size=1)
+    runner: Any = PreparedLogits(torch.randn(num_requests, LOGITS), SimpleNamespace(page_size=PAGE_SIZE, device="cpu"), parallel)
     return assemble_parts(
         scheduler=Scheduler(config),
         runner=runner,
