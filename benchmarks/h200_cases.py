@@ -74,6 +74,11 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
+def compiled(reference: Call, *, wanted: bool) -> dict[str, Call]:
+    """What torch.compile makes of a reference, as a peer. It compiles for seconds, so not for every size; never without CUDA."""
+    return {"torch.compile": torch.compile(reference)} if wanted and torch.version.cuda is not None else {}
+
+
 def fp8_error(result: object, exact: Tensor) -> float:
     """Of (fp8, scales, ...), dequantised."""
     assert isinstance(result, tuple)

@@ -24,10 +24,14 @@ def _row_cases(tokens: int) -> list[Case]:
 
     def quantisation() -> Ready:
         x = base.random(tokens, base.HIDDEN)
+
+        def by_torch() -> tuple[Tensor, ...]:
+            return quant.quantize_per_token_reference(x)
+
         return Ready(
             ours=lambda: quant.quantize_per_token(x, mn_major_scales=True),
             error=lambda: base.fp8_error(quant.quantize_per_token(x), x),
-            peers={"torch": lambda: quant.quantize_per_token_reference(x)},
+            peers={"torch": by_torch, **base.compiled(by_torch, wanted=in_quick)},
         )
 
     def norms() -> Ready:
@@ -44,7 +48,8 @@ def _row_cases(tokens: int) -> list[Case]:
         def ours() -> tuple[Tensor, ...]:
             return norm.add_rms_norm_quantize(x, residual, gamma, 1e-6, mn_major_scales=True)
 
-        return Ready(ours=ours, error=lambda: base.fp8_error(ours(), exact), peers={"unfused": chain, "torch": by_torch})
+        peers = {"unfused": chain, "torch": by_torch, **base.compiled(by_torch, wanted=in_quick)}
+        return Ready(ours=ours, error=lambda: base.fp8_error(ours(), exact), peers=peers)
 
     def swiglu() -> Ready:
         gate_up = base.random(tokens * base.TOPK, 2 * base.INTERMEDIATE)
@@ -52,10 +57,13 @@ def _row_cases(tokens: int) -> list[Case]:
         def chain() -> tuple[Tensor, ...]:
             return quant.quantize_per_token(activation.swiglu(gate_up), mn_major_scales=True)
 
+        def by_torch() -> tuple[Tensor, ...]:
+            return activation.swiglu_quantize_reference(gate_up)
+
         return Ready(
             ours=lambda: activation.swiglu_quantize(gate_up, mn_major_scales=True),
             error=lambda: base.fp8_error(activation.swiglu_quantize(gate_up), activation.swiglu_reference(gate_up.float())),
-            peers={"unfused": chain, "torch": lambda: activation.swiglu_quantize_reference(gate_up)},
+            peers={"unfused": chain, "torch": by_torch, **base.compiled(by_torch, wanted=in_quick)},
         )
 
     inner = tokens * base.TOPK * base.INTERMEDIATE
@@ -101,7 +109,7 @@ def _gate(tokens: int, in_quick: bool) -> Case:
             differ = ((ids != other_ids) | (slots != other_slots)).float().mean().item()
             return differ + relative_error(weights, other_weights)
 
-        return Ready(ours=ours, error=error, peers={"torch": by_torch})
+        return Ready(ours=ours, error=error, peers={"torch": by_torch, **base.compiled(by_torch, wanted=in_quick)})
 
     num_bytes = tokens * (base.EXPERTS * 4 + base.TOPK * 20)
     target_us = 12.0 if tokens <= 256 else None
