@@ -65,7 +65,7 @@ def test_a_killed_rank_is_noticed_at_once(make_group: MakeGroup, wait_until: Cal
     killed_at = time.monotonic()
     wait_until(supervisor.culprit)
 
-    assert time.monotonic() - killed_at < 3
+    assert time.monotonic() - killed_at < 1
     assert supervisor.culprit() == f"rank 1 (pid {group.pids[1]}) was killed by SIGKILL"
 
 

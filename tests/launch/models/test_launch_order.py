@@ -57,7 +57,7 @@ def test_the_right_order_hides_what_waiting_too_early_leaves_open(tiny: Tiny, ra
     shown = [(hidden_share(trace) or 0.0, idle_share(trace) or 0.0) for trace in (right, early)]
     (hidden, idle), (hidden_early, idle_early) = shown
     assert hidden > hidden_early + 0.25, shown
-    assert idle < idle_early, shown
+    assert idle < idle_early - 0.1, shown
 
 
 def trace_job(rank: int, settings: EngineSettings, case: ForwardCase) -> Trace:
